@@ -1,0 +1,500 @@
+"""GPT-2: its definition, OpenAI's weights in and out, and generation with a key/value cache.
+
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters carry the names of OpenAI's
+release (wte, wpe, h.0.attn.c_attn ...), and matrices are stored as nn.Linear has them, (out, in): the transpose of
+what Hugging Face's files hold.
+"""
+import json
+import math
+import os
+import re
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from config import UserError
+
+IGNORE = -1  # a target that nothing is learned from
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # the longest sequence, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+
+
+# ---- the network ----------------------------------------------------------------------------------------------------
+
+class Layout(NamedTuple):
+    """How N packed tokens, B sequences end to end, stand in a (B, T) grid, T being the longest."""
+    position: torch.Tensor  # (N,) place within its own sequence
+    index: torch.Tensor | None  # (N,) place in the flattened grid; None where no sequence is shorter than T
+    shape: tuple[int, int]  # B, T
+    mask: torch.Tensor | None = None  # (B, 1, 1, S) the cached keys that each row sees; None: causal attention
+
+    @classmethod
+    def of(cls, lengths, device):
+        lengths = torch.as_tensor(lengths)
+        B, T = len(lengths), int(lengths.max())
+        start = torch.arange(B).repeat_interleave(lengths)
+        position = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths)[start]
+        index = None if bool((lengths == T).all()) else (start * T + position).to(device)
+        return cls(position.to(device), index, (B, T))
+
+    def to_grid(self, x):
+        """(N, C) -> (B, T, C), zeros where a sequence has ended."""
+        B, T = self.shape
+        grid = x if self.index is None else x.new_zeros(B * T, x.size(-1)).index_copy(0, self.index, x)
+        return grid.view(B, T, -1)
+
+    def from_grid(self, grid):
+        """(B, T, C) -> (N, C)."""
+        rows = grid.flatten(0, 1)
+        return rows if self.index is None else rows.index_select(0, self.index)
+
+
+class Linear(nn.Linear):
+    """Computes in the dtype of its input; the weights may be kept in a higher one."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, layout, cache=None):
+        (B, T), C = layout.shape, x.size(-1)
+        qkv = layout.to_grid(self.c_attn(x)).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim) each
+        if cache is not None:
+            keys, values = cache  # (B, n_head, S, head_dim) each
+            if layout.mask is None:
+                keys[:, :, :T], values[:, :, :T] = k, v
+            else:  # one new token a row, each at its own position
+                rows, seen = torch.arange(B, device=x.device), layout.mask.size(-1)
+                keys[rows, :, layout.position], values[rows, :, layout.position] = k[:, :, 0], v[:, :, 0]
+                k, v = keys[:, :, :seen], values[:, :, :seen]
+        y = attend(q, k, v, layout.mask, self.dropout if self.training else 0.0)
+        y = layout.from_grid(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
+
+
+def attend(q, k, v, mask, dropout):
+    """softmax(q k^T / sqrt(head_dim)) v for q, k, v (B, n_head, T, head_dim); causal where `mask` is None."""
+    (B, n_head, T, head_dim) = q.shape
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and T <= 512):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
+    # written out: on short examples PyTorch's CPU kernel takes four times as long, most of it in backward
+    q, k, v = (x.reshape(B * n_head, T, head_dim) for x in (q, k, v))
+    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim)).softmax(-1)
+    return torch.bmm(F.dropout(weights, dropout), v).view(B, n_head, T, head_dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return F.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layout, cache=None):
+        x = x + self.attn(self.ln_1(x), layout, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2 with freshly initialised weights; `compute_dtype`, where set, is the dtype of all activations."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise UserError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
+        self.config, self.compute_dtype, self.gradient_checkpointing = config, None, False
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, which GPT-2 ties to it
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = LayerNorm(config.n_embd)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # there are 2 n_layer of them on the residual path
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def hidden(self, idx, layout, cache=None):
+        """The last layer's normalised output, (N, n_embd), for packed token ids (N,)."""
+        x = self.wte(idx) + self.wpe(layout.position)
+        x = F.dropout(x.to(self.compute_dtype or x.dtype), self.config.dropout, self.training)
+        for i, block in enumerate(self.h):
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, layout, use_reentrant=False)
+            else:
+                x = block(x, layout, (cache[0][i], cache[1][i]) if cache is not None else None)
+        return self.ln_f(x)
+
+    def logits(self, x):
+        """(N, n_embd) -> (N, vocab_size), in float32 or better."""
+        logits = F.linear(x, self.wte.weight.to(x.dtype))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def forward(self, idx, targets=None, lengths=None):
+        """Logits or, with `targets`, the sum (not the mean) of the losses of all targets that are not IGNORE.
+
+        idx: int64 token ids, (B, T); or (N,) with `lengths`: sequences of these lengths end to end, none of which sees
+        another. targets: of idx's shape, the id that follows each token. Returns float32 logits of idx's shape +
+        (vocab_size,), or a float32 scalar; float64 for a float64 model.
+        """
+        layout = Layout.of(lengths if lengths is not None else [idx.size(1)] * idx.size(0), idx.device)
+        assert layout.shape[1] <= self.config.block_size, f"{layout.shape[1]} tokens exceed the context"
+        x = self.hidden(idx.flatten(), layout)
+        if targets is None:
+            return self.logits(x).view(*idx.shape, -1)
+        learned = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        return self.loss(x.index_select(0, learned), targets.flatten().index_select(0, learned))
+
+    def loss(self, x, targets):
+        """Summed cross-entropy, a slice of rows at a time: the logits of a whole batch of text would not fit."""
+        def slice_loss(x, targets):
+            return F.cross_entropy(self.logits(x), targets, reduction="sum")
+        slices = list(zip(x.split(1024), targets.split(1024), strict=True))
+        if len(slices) == 1:
+            return slice_loss(x, targets)
+        return sum(checkpoint(slice_loss, *one, use_reentrant=False) for one in slices)
+
+    # ---- generation ----
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, stop=None, n_vocab=None,
+                 generator=None):
+        """Continues `prompts`, lists of token ids of any lengths, and yields a list with each row's next id, step by
+        step; None for rows that have ended.
+
+        A row ends with `stop` (which is yielded), after max_new_tokens, or when the context is full. temperature 0
+        takes the most likely token; top_k > 0 and top_p < 1 cut the distribution; ids from n_vocab on are never drawn.
+        """
+        block_size, rows = self.config.block_size, len(prompts)
+        if not 0 < min(map(len, prompts)) <= max(map(len, prompts)) <= block_size:
+            raise UserError(f"the prompt has {max(map(len, prompts)):,} tokens, the context {block_size:,}: shorten it")
+        training, device = self.training, self.wte.weight.device
+        self.eval()
+        try:
+            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            size = min(block_size, int(lengths.max()) + max_new_tokens)
+            dtype = self.compute_dtype or self.wte.weight.dtype
+            cache = torch.zeros(2, self.config.n_layer, rows, self.config.n_head, size,
+                                self.config.n_embd // self.config.n_head, dtype=dtype, device=device)
+            layout = Layout.of(lengths, device)
+            packed = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+            x = self.hidden(packed, layout, cache)
+            x = x.index_select(0, (lengths.cumsum(0) - 1).to(device))  # each row's last token
+            alive = list(range(rows))  # the row of the caller's that each row of the cache belongs to; None: ended
+            for step in range(max_new_tokens):
+                drawn = draw(self.logits(x)[:, :n_vocab], temperature, top_k, top_p, generator)
+                ids = drawn.tolist()
+                yield [ids[alive.index(row)] if row in alive else None for row in range(rows)]
+                alive = [None if token == stop or length == size else row
+                         for row, token, length in zip(alive, ids, lengths.tolist(), strict=True)]
+                left = [place for place, row in enumerate(alive) if row is not None]
+                if not left or step + 1 == max_new_tokens:
+                    return
+                if len(left) <= len(alive) // 2:  # copying the cache pays once half of its rows have ended
+                    keep = torch.tensor(left)
+                    cache, drawn, lengths = cache[:, :, keep.to(device)], drawn[keep.to(device)], lengths[keep]
+                    alive = [alive[place] for place in left]
+                position = lengths.clamp(max=size - 1)
+                seen = torch.arange(int(position.max()) + 1) <= position[:, None]
+                layout = Layout(position.to(device), None, (len(alive), 1), seen[:, None, None].to(device))
+                x = self.hidden(drawn, layout, cache)
+                lengths = lengths + 1
+        finally:
+            self.train(training)
+
+    # ---- weights in and out ----
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dropout=0.0):
+        """GPT-2 from OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or from a
+        Hugging Face directory, a .bin or .safetensors file, or an out_dir of train.py (its best weights). float32."""
+        path = locate(str(name_or_path))
+        state = {}
+        for name, tensor in read_weights(path):
+            name = name.removeprefix("transformer.")
+            if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # causal masks that the hub's files hold
+                state[name] = tensor.t().float().contiguous() if TRANSPOSED.search(name) else tensor.float()
+        head = state.pop("lm_head.weight", None)
+        config_file = path.parent / "config.json"
+        config = read_config(config_file) if config_file.exists() else config_from(state, path)
+        config.dropout = dropout
+        with torch.device("meta"):
+            model = cls(config)
+        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise UserError(f"{path} does not fit {config_file.name}: {name} is {found.get(name, 'missing')}, "
+                                f"expected {expected.get(name, 'no such tensor')}; this is no GPT-2, or a broken file")
+        if head is not None and not torch.equal(head.float(), state["wte.weight"]):
+            raise UserError(f"{path}: the output head differs from the token embedding; GPT-2 ties them")
+        model.load_state_dict(state, assign=True)
+        return model.requires_grad_(True)
+
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors in Hugging Face's layout, each under a temporary name first."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = {f"transformer.{name}": parameter.detach().t() if TRANSPOSED.search(name) else parameter.detach()
+                   for name, parameter in self.named_parameters()}
+        write_safetensors(directory / "model.safetensors", tensors)
+        config = self.config
+        with atomic_file(directory / "config.json") as file:
+            file.write(json.dumps({
+                "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
+                "vocab_size": config.vocab_size, "n_positions": config.block_size, "n_ctx": config.block_size,
+                "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "layer_norm_epsilon": 1e-5,
+                "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
+                "bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1,
+                "tie_word_embeddings": True, "torch_dtype": "float32"}, indent=1).encode())
+
+
+def draw(logits, temperature, top_k, top_p, generator):
+    """One id per row of logits (B, V): the most likely at temperature 0, else drawn from the k most likely and from the
+    smallest set whose probability reaches top_p (Holtzman et al. 2020)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
+    probabilities, order = logits.softmax(-1).sort(-1, descending=True)
+    if top_p < 1:
+        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0  # the likeliest always stays
+    return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
+
+
+def optimizer_groups(model, weight_decay):
+    """Trainable parameters for AdamW: matrices and embeddings decay, biases and norms do not."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's own files hold these as (in, out)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+@contextmanager
+def atomic_file(path):
+    """A binary file that takes the place of `path` once it is written and synced; on an error nothing is left of it."""
+    temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Writes tensors by name in the safetensors format: 8 bytes of header length, a JSON header, the raw data."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def read_safetensors(path):
+    """Yields (name, tensor) of a safetensors file; UserError where its header and its size do not agree exactly."""
+    size, end = os.path.getsize(path), 0
+
+    def check(true, message):
+        if not true:
+            raise ValueError(message)
+
+    with open(path, "rb") as file:
+        try:
+            length = int.from_bytes(file.read(8), "little")
+            check(2 <= length <= size - 8, "its header is longer than the file")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                check(all(type(n) is int and n >= 0 for n in [*shape, start, stop]), f"{name} has a negative size")
+                check(start == end and stop - start == math.prod(shape) * dtype.itemsize, f"{name} has a false offset")
+                check(8 + length + stop <= size, f"it ends before {name} does")
+                end, tensor = stop, torch.empty(shape, dtype=dtype)
+                file.readinto(tensor.view(-1).view(torch.uint8).numpy())
+                yield name, tensor
+            check(8 + length + end == size, "it holds more than its header says")
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} is no valid safetensors file ({error}); download or write it again") from None
+
+
+def read_weights(path):
+    """(name, tensor) pairs of a .safetensors or .bin file; nothing in it is ever executed."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise UserError(f"{path} holds no plain tensors ({str(error).splitlines()[0][:80]}); "
+                        "use the model's .safetensors") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors; expected GPT-2's weights by name")
+    return state.items()
+
+
+def read_config(path):
+    """A Hugging Face config.json as GPTConfig; UserError for what is not GPT-2 as this file defines it."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = GPTConfig(values.get("n_positions", 1024), values.get("vocab_size", 50257), values["n_layer"],
+                           values["n_head"], values["n_embd"])
+        assert all(type(n) is int and n > 0 for n in list(vars(config).values())[:-1])
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise UserError(f"{path} is no GPT-2 configuration (n_layer, n_head, n_embd ...)") from None
+    only = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
+            "add_cross_attention": False}
+    for name, value in only.items():
+        if values.get(name, value) not in (value, 4 * config.n_embd if name == "n_inner" else value):
+            raise UserError(f"{path}: {name} is {values[name]!r}; only GPT-2's own {value!r} is supported")
+    return config
+
+
+def config_from(state, path):
+    """The configuration that a weights file without config.json implies; every GPT-2 has heads of 64."""
+    try:
+        (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
+    except KeyError:
+        raise UserError(f"{path} holds no GPT-2: wte.weight and wpe.weight are not in it") from None
+    n_layer = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("h.")), default=-1)
+    if n_embd % 64:
+        raise UserError(f"{path}: n_embd={n_embd} is no multiple of 64; put the model's config.json beside it")
+    return GPTConfig(block_size, vocab_size, n_layer, n_embd // 64, n_embd)
+
+
+def locate(name_or_path):
+    """The weights file behind a name of OpenAI's (downloaded on first use), a directory or a file."""
+    path = Path(name_or_path)
+    if name_or_path in SIZES and not path.exists():
+        return download(name_or_path)
+    for directory in (path / "best", path / "last", path):
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (directory / name).is_file():
+                return directory / name
+    if path.is_dir():
+        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+    if not path.is_file() or path.suffix not in (".safetensors", ".bin"):
+        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, or the path of a Hugging Face "
+                        "directory, a .safetensors or .bin file, or an out_dir of train.py")
+    return path
+
+
+class KeepRedirect(urllib.request.HTTPRedirectHandler):
+    """The hub tells a file's hash and size with its redirect to the storage server."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def download(name):
+    """OpenAI's weights from the Hugging Face hub into the hub's usual cache, where other programs find them too.
+
+    Honours HF_ENDPOINT, HF_HUB_CACHE, HF_HOME and HF_HUB_OFFLINE. What the cache holds is not fetched again; size and
+    hash are verified, and an interrupted download leaves nothing behind.
+    """
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
+    for repository in (f"models--openai-community--{name}", f"models--{name}"):
+        try:
+            snapshot = hub / repository / "snapshots" / (hub / repository / "refs" / "main").read_text().strip()
+        except OSError:
+            continue
+        for file in ("model.safetensors", "pytorch_model.bin"):
+            if (snapshot / file).is_file():
+                return snapshot / file
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    url = f"{endpoint}/openai-community/{name}/resolve/main/model.safetensors"
+    help_ = f"check the network and try again, or give --init_from the path of a copy (from {url})"
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{name} is not in {hub} and HF_HUB_OFFLINE is set; unset it, or give --init_from a path")
+    try:
+        try:
+            headers = urllib.request.build_opener(KeepRedirect).open(
+                urllib.request.Request(url, method="HEAD"), timeout=30).headers
+        except urllib.error.HTTPError as error:
+            if error.code not in (301, 302, 303, 307, 308):
+                raise
+            headers = error.headers
+        etag = (headers.get("X-Linked-Etag") or headers.get("ETag") or "").removeprefix("W/").strip('"')
+        size, commit = int(headers.get("X-Linked-Size") or headers["Content-Length"]), headers["X-Repo-Commit"]
+        if not re.fullmatch(r"[0-9a-f]{64}", etag) or not re.fullmatch(r"[0-9a-f]{40}", commit or ""):
+            raise UserError(f"{endpoint} gave no hash for {name}; {help_}")
+        folder = hub / f"models--openai-community--{name}"
+        blob, snapshot = folder / "blobs" / etag, folder / "snapshots" / commit / "model.safetensors"
+        for directory in (blob.parent, snapshot.parent, folder / "refs"):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not blob.exists():
+            print(f"downloading {name} ({size / 1e6:,.0f} MB) from {endpoint} to {hub}", flush=True)
+            torch.hub.download_url_to_file(url, str(blob), hash_prefix=etag)
+        if blob.stat().st_size != size:
+            blob.unlink()
+            raise UserError(f"{name} has another size than {endpoint} announced; {help_}")
+        try:
+            snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
+        except OSError:  # Windows without developer mode
+            os.replace(blob, snapshot)
+        (folder / "refs" / "main").write_text(commit)
+        return snapshot
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch's word for a hash that does not match
+        raise UserError(f"the download of {name} failed ({str(error).splitlines()[0][:100]}); {help_}") from None

@@ -1,0 +1,67 @@
+"""Shared by the tests: tiny models, tiny data, and the way to GPT-2's vocabulary where it is at hand."""
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+sys.path.insert(0, str(ROOT))
+if (SHARED / "tiktoken").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import prepare_data  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+WORDS = "red green blue black white brown grey pink gold silver".split()
+
+
+def randomise(model, std=0.1, seed=0):
+    """Every parameter random, norms and biases too: with the usual initial values many mistakes do not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            offset = 1.0 if "ln_" in name and name.endswith("weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + offset)
+    return model
+
+
+def tiny(seed=0, std=0.1, **changes):
+    return randomise(GPT(GPTConfig(**{**dict(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=32), **changes})),
+                     std, seed)
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def colour_records(count=60):
+    """Records whose answers have unequal lengths and follow from the prompt."""
+    return [{"instruction": f"Say {' and '.join(WORDS[(i * 7 + j) % 10] for j in range(1 + i % 4))} {i}.",
+             "output": " ".join(WORDS[(i * 7 + j) % 10] for j in range(1 + i % 4))} for i in range(count)]
+
+
+@pytest.fixture
+def prepare(tmp_path):
+    """prepare(records, **flags) -> data_dir, in the bytes encoding with short prompts."""
+    def prepare_records(records, name="records.jsonl", **flags):
+        source = write_lines(tmp_path / name, records) if isinstance(records, list) else records
+        out_dir = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
+        config = prepare_data.PrepareConfig(**{**dict(input=str(source), out_dir=str(out_dir), encoding="bytes", show=0,
+                                                      template="chat", block_size=128), **flags})
+        prepare_data.main(config)
+        return out_dir
+    return prepare_records
+
+
+@pytest.fixture(scope="session")
+def gpt2_encoding():
+    try:
+        return prepare_data.get_encoding("gpt2")
+    except ValueError:
+        pytest.skip("GPT-2's vocabulary is neither cached nor can it be downloaded")

@@ -1,0 +1,435 @@
+"""train.py: its numbers against transformers and torch, its steps, checkpoints and messages."""
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ROOT, colour_records, randomise, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare_data
+import sample
+import train
+from config import UserError, parse_config
+from model import GPT, IGNORE, optimizer_groups
+from prepare_data import get_encoding
+from train import Shards, TrainConfig, examples_of_step, gradients, learning_rate_at, load_meta, micro_batches
+
+BASE = dict(n_layer=2, n_head=2, n_embd=32, device="cpu", dtype="float32", compile="off", max_steps=6, eval_interval=3,
+            batch_size=4)
+NO_SCALER = torch.amp.GradScaler(enabled=False)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    (path / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in colour_records(80)))
+    prepare_data.main(prepare_data.PrepareConfig(input=str(path / "records.jsonl"), out_dir=str(path / "prepared"),
+                                                 encoding="bytes", template="chat", block_size=128, show=0))
+    return path / "prepared"
+
+
+@pytest.fixture
+def fit(data, tmp_path):
+    """fit(**flags) -> what train.main returns, in a fresh out_dir or the one named."""
+    def run(out="out", **flags):
+        settings = {**(BASE if "resume" not in flags else {}), "data_dir": str(data), "out_dir": str(tmp_path / out)}
+        return train.main(TrainConfig(**{**settings, **flags}))
+    return run
+
+
+def checkpoint(path):
+    return torch.load(path / "ckpt.pt", weights_only=True)
+
+
+def rows(path):
+    with open(path / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_weights(a, b):
+    a, b = checkpoint(a)["model"], checkpoint(b)["model"]
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+def gradients_of(model, shards, groups):
+    model.zero_grad()
+    batches = [shards.batch(group) for group in groups]
+    supervised = sum(int((targets != IGNORE).sum()) for _, targets, _ in batches)
+    loss = gradients(model, NO_SCALER, batches, supervised, torch.device("cpu"))
+    return loss.item(), [p.grad.clone() for p in model.parameters()]
+
+
+def test_accumulation_does_not_matter(data):
+    """The same 8 examples of unequal answer lengths as 1 x 8, 4 x 2, 8 x 1 and by length."""
+    shards, model = Shards(data, load_meta(data), "train"), tiny(block_size=128).double()
+    indices = examples_of_step(0, len(shards), 8, 0)
+    counts = [int(shards.batch([i])[1].ne(IGNORE).sum()) for i in indices]
+    assert len(set(counts)) >= 3
+    (loss, grads), *others = (gradients_of(model, shards, groups) for groups in (
+        [indices], indices.reshape(4, 2), indices.reshape(8, 1), micro_batches(indices, shards.lengths, 128)))
+    for other_loss, other_grads in others:
+        assert other_loss == pytest.approx(loss, rel=1e-12)
+        for one, other in zip(grads, other_grads, strict=True):
+            assert (one - other).norm() <= 1e-11 * one.norm()
+
+
+def plain_loop(model, shards, steps, batch_size, seed, schedule, weight_decay, clip):
+    """The same training in the plainest way: transformers' model, padding, one mean over the step, torch's AdamW."""
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
+                                  lr=1e-3, betas=(0.9, 0.95))
+    losses = []
+    for step in range(steps):
+        examples = [shards[i] for i in examples_of_step(step, len(shards), batch_size, seed)]
+        longest = max(map(len, examples))
+        ids, labels, mask = (torch.full((len(examples), longest), value) for value in (0, -100, 0))
+        for row, tokens in enumerate(examples):
+            own = torch.from_numpy(tokens["id"].astype(np.int64))
+            ids[row, :len(own)], mask[row, :len(own)] = own, 1
+            labels[row, :len(own)] = torch.where(torch.from_numpy(tokens["flags"] & 1).bool(), own, -100)
+        logits = model(ids, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        assert norm > clip  # or the clipping would not be tested
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_twenty_steps_equal_a_plain_transformers_loop(dtype, data, fit, tmp_path):
+    config = transformers.GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=257, n_positions=128, resid_pdrop=0.0,
+                                     embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager", bos_token_id=256,
+                                     eos_token_id=256)
+    theirs = randomise(transformers.GPT2LMHeadModel(config))
+    theirs.save_pretrained(tmp_path / "start")
+    result = fit(init_from=str(tmp_path / "start"), dtype=dtype, max_steps=20, learning_rate=1e-3, weight_decay=0.1,
+                 grad_clip=0.5, batch_size=8, micro_batch_tokens=300, warmup_steps=3, lr_schedule="linear", seed=5,
+                 epochs=10)
+    theirs = theirs.train().to(getattr(torch, dtype))
+    losses = plain_loop(theirs, Shards(data, load_meta(data), "train"), 20, 8, 5,
+                        lambda step: learning_rate_at(step, step / 20, 1e-3, 0, "linear", 3, 20), 0.1, 0.5)
+    ours = [float(row["train_loss"]) for row in rows(tmp_path / "out")]
+    assert result["step"] == 20 and ours == pytest.approx(losses, rel=2e-7 if dtype == "float64" else 1e-5)
+    if dtype == "float64":
+        weights, state = checkpoint(tmp_path / "out")["model"], theirs.transformer.state_dict()
+        for name, weight in weights.items():
+            expected = state[name].t() if train.GPT and any(
+                part in name for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight")) else state[name]
+            assert (weight - expected).abs().max() < 1e-9, name
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(90, 400))
+def test_packing_ends_and_places_every_example_once_within_the_budget(lengths, budget):
+    groups = micro_batches(range(len(lengths)), lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) * max(lengths[i] for i in group) <= budget for group in groups)
+    assert max(lengths) == lengths[groups[0][0]]  # the longest goes first
+
+
+def test_every_epoch_holds_every_example_once_and_the_last_step_what_is_left():
+    steps = [examples_of_step(step, 7, 4, seed=3).tolist() for step in range(4)]
+    assert [len(step) for step in steps] == [4, 3, 4, 3]
+    assert sorted(steps[0] + steps[1]) == sorted(steps[2] + steps[3]) == list(range(7))
+    assert steps[0] + steps[1] != steps[2] + steps[3]
+
+
+def test_a_partial_last_step_is_normalised_by_its_own_tokens(fit, tmp_path, data):
+    fit(max_examples=7, max_steps=0, epochs=1, batch_size=4, eval_interval=0)
+    log = rows(tmp_path / "out")
+    shards = Shards(data, load_meta(data), "train", 7)
+    assert [int(row["step"]) for row in log] == [1, 2]
+    assert sum(int(row["tokens"]) for row in log) == shards.lengths.sum()
+    assert sum(int(row["supervised_tokens"]) for row in log) == sum(
+        int(shards.batch([i])[1].ne(IGNORE).sum()) for i in range(7))
+    assert log[1]["epoch"] == "1.0000"
+    assert float(log[1]["train_loss"]) == pytest.approx(math.log(257), rel=0.05)  # a mean, whatever the count
+
+
+def test_evaluation_does_not_depend_on_the_batch_size(data):
+    shards, model = Shards(data, load_meta(data), "train"), tiny(block_size=128)
+    alone = [train.evaluate(model, shards, budget, torch.device("cpu")) for budget in (90, 270, 5000)]
+    total = count = 0
+    with torch.no_grad():
+        for i in range(len(shards)):
+            idx, targets, _ = shards.batch([i])
+            total += torch.nn.functional.cross_entropy(model(idx[None])[0], targets, ignore_index=IGNORE,
+                                                       reduction="sum").item()
+            count += int((targets != IGNORE).sum())
+    assert alone == pytest.approx([total / count] * 3, rel=1e-6) and model.training
+
+
+def test_learning_rates_are_the_textbooks():
+    def rates(schedule, warmup=4, total=20):
+        return [learning_rate_at(step, step / total, 1.0, 0.1, schedule, warmup, total) for step in range(total + 1)]
+    for schedule in ("cosine", "linear", "constant"):
+        assert rates(schedule)[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates("cosine")[12] == pytest.approx(0.55) and rates("cosine")[20] == pytest.approx(0.1)
+    assert rates("cosine")[8] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert rates("linear")[12] == pytest.approx(0.55) and rates("linear")[20] == pytest.approx(0.1)
+    assert rates("constant")[4:] == [1.0] * 17
+    assert learning_rate_at(0, 0, 1.0, 0, "cosine", 0, 1) == 1.0
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    model = tiny()
+    decayed, free = (set(map(id, group["params"])) for group in optimizer_groups(model, 0.1))
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in decayed) == name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight",
+                                                            "c_fc.weight")) == (id(parameter) not in free)
+
+
+# ---- precision and compile ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_follows_float32(dtype, fit, tmp_path):
+    exact, half = fit("exact", max_steps=20), fit("half", max_steps=20, dtype=dtype)
+    assert half["train_loss"] == pytest.approx(exact["train_loss"], rel=0.02) and half["train_loss"] < 5.2
+    assert all(p.dtype == torch.float32 for p in checkpoint(tmp_path / "half")["model"].values())
+
+
+def test_an_overflow_lowers_the_scale_and_leaves_the_weights(fit, tmp_path, monkeypatch):
+    fit("start", max_steps=1, dtype="float16", lr_schedule="constant", eval_interval=0)
+    real = train.gradients
+
+    def overflowing(model, scaler, batches, supervised, device):
+        loss = real(model, scaler, batches, supervised, device)
+        if scaler.is_enabled() and next(model.parameters()).grad is not None:
+            calls.append(1)
+            if len(calls) == 2:
+                next(model.parameters()).grad[0, 0] = math.inf
+        return loss
+    calls = []
+    monkeypatch.setattr(train, "gradients", overflowing)
+    fit("start", max_steps=2, resume=True, device="cpu")
+    calls = [1]  # the next step overflows
+    before = checkpoint(tmp_path / "start")
+    fit("start", max_steps=3, resume=True)
+    log = rows(tmp_path / "start")
+    assert log[-1]["grad_norm"] in ("inf", "nan") and [row["step"] for row in log] == ["1", "2", "3"]
+    last = GPT.from_pretrained(tmp_path / "start" / "last").state_dict()
+    assert all(torch.equal(last[name], weight) for name, weight in before["model"].items())
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_and_ten_in_a_row_stop(fit, tmp_path, monkeypatch):
+    fit("start", max_steps=2, eval_interval=1)
+    before = checkpoint(tmp_path / "start")["model"]
+    monkeypatch.setattr(train, "gradients", lambda model, *_: model.wte.weight.mul(math.nan).sum().backward()
+                        or torch.tensor(math.nan))
+    with pytest.raises(UserError, match="ten steps in a row.*--learning_rate"):
+        fit("start", max_steps=50, resume=True, eval_interval=0)
+    assert len(rows(tmp_path / "start")) == 12
+    after = checkpoint(tmp_path / "start")["model"]
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_compiling_the_blocks_changes_nothing(fit, capsys):
+    eager = fit("eager")
+    compiled = fit("compiled", compile="on")
+    assert compiled["train_loss"] == pytest.approx(eager["train_loss"], rel=1e-4)
+    assert "does not work" not in capsys.readouterr().out
+
+
+def test_where_compiling_fails_the_run_goes_on_in_eager(fit, monkeypatch, capsys):
+    monkeypatch.setattr(torch._dynamo.config, "disable", False)
+    eager = fit("eager")
+
+    def broken(self, *args, **options):
+        def call(*_, **__):
+            raise RuntimeError("no compiler on this platform")
+        self._compiled_call_impl = call
+    monkeypatch.setattr(torch.nn.Module, "compile", broken)
+    assert fit("broken", compile="on")["train_loss"] == eager["train_loss"]
+    assert "torch.compile does not work here (RuntimeError); going on without it" in capsys.readouterr().out
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(stop, fit, tmp_path):
+    flags = dict(dropout=0.1, epochs=3, max_steps=0, max_examples=9, save_interval=1)
+    straight = fit("straight", **flags)
+    monkey = train.Interrupt.__enter__
+
+    def stopping(self):
+        monkey(self)
+        self.steps = 0
+        return self
+    fit_parts = dict(flags)
+    with pytest.MonkeyPatch.context() as patch:
+        real = train.gradients
+        count = [0]
+
+        def counted(model, scaler, batches, supervised, device):
+            count[0] += 1
+            if count[0] == stop + 1:  # the first call is the warm-up
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(model, scaler, batches, supervised, device)
+        patch.setattr(train, "gradients", counted)
+        with pytest.raises(SystemExit) as left:
+            fit("parts", **fit_parts)
+    assert left.value.code == 130
+    assert checkpoint(tmp_path / "parts")["step"] == stop
+    resumed = fit("parts", resume=True)
+    assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
+    assert same_weights(tmp_path / "straight", tmp_path / "parts")
+    drop = [{**row, "seconds": ""} for row in rows(tmp_path / "parts")]
+    assert drop == [{**row, "seconds": ""} for row in rows(tmp_path / "straight")] and len(drop) == straight["step"] == 9
+
+
+def test_best_is_the_lowest_validation_loss_and_never_nan(fit, tmp_path, monkeypatch):
+    flags = dict(lr_schedule="constant", warmup_ratio=0, eval_interval=1, max_steps=4)
+    fit("two", **{**flags, "max_steps": 2})
+    losses = iter([3.0, 2.0, 4.0, math.nan])
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    result = fit("four", **flags)
+    assert result["best_val_loss"] == 2.0 and math.isnan(result["val_loss"])
+    assert [row["val_loss"] for row in rows(tmp_path / "four")] == ["3", "2", "4", "nan"]
+    best = GPT.from_pretrained(tmp_path / "four" / "best").state_dict()
+    expected = GPT.from_pretrained(tmp_path / "two" / "last").state_dict()
+    assert all(torch.equal(best[name], expected[name]) for name in best)
+
+
+def test_results_load_in_transformers_and_carry_the_prompts_wording(fit, tmp_path, data):
+    fit()
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {"ckpt.pt", "log.csv", "best", "last", "loss.png"}
+    for name in ("best", "last"):
+        assert {path.name for path in (tmp_path / "out" / name).iterdir()} == {"config.json", "model.safetensors",
+                                                                              "prompt.json"}
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out" / name).eval()
+        ours = GPT.from_pretrained(tmp_path / "out" / name).eval()
+        idx = torch.arange(40)[None]
+        assert torch.allclose(ours(idx), theirs(idx).logits, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "best" / "prompt.json").read_text())["template"] == "chat"
+    assert list(rows(tmp_path / "out")[0]) == train.COLUMNS
+
+
+def test_without_validation_data_best_is_last(fit, prepare, tmp_path):
+    bare = prepare(colour_records(20), val_fraction=0)
+    fit(data_dir=str(bare))
+    best, last = (GPT.from_pretrained(tmp_path / "out" / name).state_dict() for name in ("best", "last"))
+    assert all(torch.equal(best[name], last[name]) for name in best)
+
+
+def test_time_ends_a_run_with_the_learning_rate_at_its_end(fit, tmp_path, monkeypatch):
+    real = train.gradients
+    monkeypatch.setattr(train, "gradients", lambda *args: time.sleep(0.05) or real(*args))
+    result = fit(max_steps=0, epochs=10_000, max_minutes=1 / 60, eval_interval=0)
+    log = rows(tmp_path / "out")
+    assert 5 <= result["step"] <= 20 and len(log) == result["step"]
+    assert float(log[-1]["learning_rate"]) < 0.1 * 1e-3 and log[-1]["val_loss"]
+
+
+# ---- the three scripts ----------------------------------------------------------------------------------------------
+
+def test_eight_examples_come_out_word_for_word(fit, tmp_path, prepare, capsys):
+    """prepare, train and sample end to end: overfitted answers are exact, and the model stops by itself."""
+    data = prepare(colour_records(8), val_fraction=0, test_fraction=0)
+    result = fit(data_dir=str(data), max_steps=150, batch_size=8, learning_rate=5e-3, n_embd=64, eval_interval=0,
+                 init_from="scratch")
+    assert result["train_loss"] < 0.01
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in colour_records(8)))
+    score = sample.main(sample.SampleConfig(model=str(tmp_path / "out"), file=str(tmp_path / "all.jsonl"),
+                                            output=str(tmp_path / "answers.jsonl"), batch_size=3, device="cpu"))
+    assert score == {"records": 8, "scored": 8, "exact": 8}
+    assert capsys.readouterr().out.endswith("exact match 8/8 (100.0 %)\n")
+    answered = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [record["response"] for record in answered] == [record["output"] for record in colour_records(8)]
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
+    fit("done")
+    cases = [
+        (dict(out="done"), "holds a run already: go on with --resume, replace it with --overwrite"),
+        (dict(data_dir=str(tmp_path / "nowhere")), "--data_dir: no prepared data in .*prepare_data.py"),
+        (dict(init_from="gpt2"), "--init_from=gpt2 needs GPT-2's encoding"),
+        (dict(init_from="nowhere"), "no model 'nowhere'"),
+        (dict(micro_batch_tokens=10), "--micro_batch_tokens=10 is below the longest example"),
+        (dict(n_embd=33), "n_embd=33 is no multiple of n_head=2"),
+        (dict(device="tpu9"), "--device=tpu9"),
+        (dict(out="none", resume=True), "--resume: .*ckpt.pt is not there"),
+        (dict(out="done", resume=True, batch_size=5), r"drop --batch_size=5 \(it ran with 4\)"),
+    ]
+    tiny(vocab_size=999, n_embd=64, n_head=1).save_pretrained(tmp_path / "other")
+    cases.append((dict(init_from=str(tmp_path / "other")), "has 999 token ids"))
+    tiny(block_size=16).save_pretrained(tmp_path / "short")
+    cases.append((dict(init_from=str(tmp_path / "short")), "a context of 16 tokens, the longest example"))
+    for flags, message in cases:
+        with pytest.raises((UserError, OSError), match=message) as caught:
+            fit(**flags)
+        assert "\n" not in str(caught.value)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert before == ["done", "other", "short"]  # none of the refused runs left anything
+
+
+def test_a_resume_with_other_data_is_refused_by_name(fit, prepare):
+    fit("out")
+    with pytest.raises(UserError, match=r"not the data that this run began with \(source_sha256, .*train"):
+        fit("out", data_dir=str(prepare(colour_records(70))), resume=True)
+
+
+def test_damaged_files_are_refused(fit, data, tmp_path, prepare):
+    fit("out")
+    (tmp_path / "out" / "ckpt.pt").write_bytes((tmp_path / "out" / "ckpt.pt").read_bytes()[:5000])
+    with pytest.raises(UserError, match="ckpt.pt cannot be read.*--overwrite"):
+        fit("out", resume=True)
+    for change, message in ((lambda path: path.write_bytes(path.read_bytes()[:500]), "is damaged|disagree"),
+                            (lambda path: path.write_bytes(b"nonsense"), "is damaged")):
+        own = prepare(colour_records(30))
+        change(own / "train_00000.npy")
+        with pytest.raises(UserError, match=message):
+            fit("new", data_dir=str(own))
+    own = prepare(colour_records(30))
+    (own / "meta.json").write_text(json.dumps({**load_meta(own), "format_version": 99}))
+    with pytest.raises(UserError, match="has format 99, this program reads 1; run prepare_data.py again"):
+        fit("new", data_dir=str(own))
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--learning-rat=1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
+    (["--epochs=many"], "--epochs: invalid float value: 'many'"), (["--resume=maybe"], "'maybe' is neither true nor false"),
+    (["config.py"], "unknown argument 'config.py'"), (["--batch_size=0"], "--batch_size: 0 is below 1"),
+    (["--dropout=1.5", "--lr_schedule=step"], r"--dropout: 1.5 is not in \[0, 1\); --lr_schedule: 'step' is none of cosine")])
+def test_misused_flags_end_in_one_line_and_exit_code_2(words, message):
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and message.replace("\\", "") in done.stderr
+
+
+def test_flags_are_read_in_every_spelling():
+    config = parse_config(TrainConfig, ["--max-steps", "5", "--resume", "--dropout=0", "--overwrite=False", "--out_dir", "x"])
+    assert (config.max_steps, config.resume, config.dropout, config.overwrite, config.out_dir) == (5, True, 0.0, False, "x")
+    assert config.given == {"max_steps", "resume", "dropout", "overwrite", "out_dir"}
+
+
+def test_a_bug_of_ours_still_shows_its_traceback(tmp_path):
+    code = ("import sys; sys.path.insert(0, sys.argv.pop()); import config, train\n"
+            "def main(config): config.no_such_name\nconfig.run(main, train.TrainConfig)")
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no_such_name" in done.stderr
+
+
+def test_answers_in_training_stop_at_the_context(fit, data):
+    samples = train.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"))
+    model = tiny(block_size=int(max(map(len, samples.prompts))))
+    assert samples.answer(model) == [[], []]
