@@ -109,8 +109,8 @@ def prompt_ids(messages, encoding, spec):
 
 
 def chat(model, encoding, spec, config, generator):
-    """Answers prompts until the input ends. The chat template keeps the conversation, as token ids, and drops its oldest
-    turns when the context is full; other templates answer every prompt by itself."""
+    """Answers prompts until the input ends. The chat template keeps the conversation, as token ids, and drops its
+    oldest turns when the context is full; other templates answer every prompt by itself."""
     keeps = spec is not None and spec["template"] == "chat" and not spec["prompt_format"]
     system, exchanges, context = [], [], model.config.block_size
     if keeps and config.system:
@@ -164,8 +164,8 @@ def answer_file(model, encoding, spec, config, generator):
     records, prompts, references = read_prompts(Path(config.file), encoding, spec)
     too_long = [i for i, prompt in enumerate(prompts) if len(prompt) > model.config.block_size]
     if too_long:
-        print(f"{len(too_long)} of {len(prompts)} prompts are longer than the context of {model.config.block_size} tokens "
-              "and get no response")
+        print(f"{len(too_long)} of {len(prompts)} prompts are longer than the context of "
+              f"{model.config.block_size} tokens and get no response")
     order = sorted(set(range(len(prompts))) - set(too_long), key=lambda i: len(prompts[i]))
     responses, done, started = [None] * len(records), 0, time.perf_counter()
     for start in range(0, len(order), config.batch_size):

@@ -44,7 +44,7 @@ class TrainConfig:
     overwrite: bool = False  # start anew in an out_dir that holds a run
     # model
     init_from: str = ""  # scratch | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a path; '' = gpt2, for the demo scratch
-    n_layer: int = 4  # from scratch: layers
+    n_layer: int = 3  # from scratch: layers
     n_head: int = 4  # from scratch: attention heads
     n_embd: int = 128  # from scratch: width
     dropout: float = 0.0  # probability of dropping an activation
@@ -52,23 +52,23 @@ class TrainConfig:
     batch_size: int = 8  # examples in an optimizer step
     micro_batch_tokens: int = 0  # tokens in one forward pass, rows x longest: memory, never the result; 0 = by device
     max_examples: int = 0  # train on the first N examples alone; 0 = all
-    epochs: float = 0  # passes over the data; 0 = as max_steps says, else 2 for fine-tuning, 10 from scratch
+    epochs: float = 0  # passes over the data; 0 = as max_steps says, else 2 for fine-tuning, 8 from scratch
     max_steps: int = 0  # stop after this many optimizer steps; 0 = no limit
     max_minutes: float = 0  # stop in time, learning rate at its end; 0 = no limit
     # optimizer
-    learning_rate: float = 0  # peak; 0 = 5e-5 for fine-tuning, 1e-3 from scratch
+    learning_rate: float = 0  # peak; 0 = 5e-5 for fine-tuning, 2e-3 from scratch
     min_lr: float = 0  # where the learning rate ends
     lr_schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
     warmup_steps: int = 0  # steps of linear warm-up; 0 = by warmup_ratio
     warmup_ratio: float = 0.05  # share of the run that warms up
     weight_decay: float = 0.1  # of matrices and embeddings
     beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.95  # AdamW's decay of the mean squared gradient
+    beta2: float = 0.99  # AdamW's decay of the mean squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
     save_interval: int = -1  # steps between checkpoints; -1 = with each evaluation, 0 = only at the end
-    log_interval: int = 10  # steps between log lines
+    log_interval: int = 0  # steps between log lines; 0 = about fifty a run
     # machine
     device: str = ""  # cpu | cuda | cuda:1 | mps; '' = the best there is
     dtype: str = "auto"  # of activations: auto | float32 | bfloat16 | float16
@@ -83,10 +83,10 @@ class TrainConfig:
         def none_of(name, *choices):
             return getattr(self, name) not in choices and f"{getattr(self, name)!r} is none of {', '.join(choices)}"
 
-        require(**{name: below(name, 1) for name in ("n_layer", "n_head", "n_embd", "batch_size", "log_interval")},
+        require(**{name: below(name, 1) for name in ("n_layer", "n_head", "n_embd", "batch_size")},
                 **{name: below(name, 0) for name in (
                     "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate",
-                    "min_lr", "warmup_steps", "weight_decay", "grad_clip")},
+                    "min_lr", "warmup_steps", "weight_decay", "grad_clip", "log_interval")},
                 **{name: below(name, -1) for name in ("eval_interval", "save_interval")},
                 **{name: not 0 <= getattr(self, name) < 1 and f"{getattr(self, name)} is not in [0, 1)"
                    for name in ("dropout", "warmup_ratio", "beta1", "beta2")},
@@ -180,8 +180,8 @@ def check_data(meta, checkpoint, data_dir, out_dir):
     """A resumed run goes on with the data it began with."""
     if checkpoint and checkpoint["data"] != identity(meta):
         changed = [name for name, value in identity(meta).items() if checkpoint["data"].get(name) != value]
-        raise UserError(f"--resume: {data_dir} is not the data that this run began with ({', '.join(changed)} changed): "
-                        f"prepare it as before, or start a new run with --init_from={out_dir}")
+        raise UserError(f"--resume: {data_dir} is not the data that this run began with ({', '.join(changed)} changed)"
+                        f": prepare it as before, or start a new run with --init_from={out_dir}")
 
 
 # ---- model, precision and schedule ----------------------------------------------------------------------------------
@@ -204,8 +204,9 @@ def build_model(config, meta, checkpoint):
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: prepare the data with the model's encoding")
     if meta["train"]["longest"] - 1 > model.config.block_size:
-        raise UserError(f"--init_from={init_from} has a context of {model.config.block_size} tokens, the longest example "
-                        f"{meta['train']['longest']}: prepare the data with --block_size={model.config.block_size}")
+        context = model.config.block_size
+        raise UserError(f"--init_from={init_from} has a context of {context} tokens, the longest example "
+                        f"{meta['train']['longest']}: prepare the data with --block_size={context}")
     return model, init_from
 
 
@@ -428,8 +429,8 @@ def warm_up(model, compiled, shards, batch_size, budget, device):
         except torch.OutOfMemoryError:
             budget //= 2
             if budget < shards.lengths.max():
-                raise UserError(f"one example of {shards.lengths.max()} tokens does not fit into the memory of {device}: "
-                                "try --gradient_checkpointing or a smaller model") from None
+                raise UserError(f"one example of {shards.lengths.max()} tokens does not fit into the memory of {device}"
+                                ": try --gradient_checkpointing or a smaller model") from None
             print(f"out of memory: going on with --micro_batch_tokens={budget}")
         except Exception as error:  # the compiler raises many kinds
             if not compiled:
@@ -449,6 +450,7 @@ class Plan(NamedTuple):
     warmup: int
     eval_interval: int
     save_interval: int
+    log_interval: int
     learning_rate: float  # the peak
     budget: int  # tokens in one forward pass
 
@@ -456,7 +458,7 @@ class Plan(NamedTuple):
     def of(cls, config, init_from, lengths, device):
         scratch, longest = init_from == "scratch", int(lengths.max())
         epoch = math.ceil(len(lengths) / config.batch_size)
-        total = math.ceil((config.epochs or (10 if scratch else 2)) * epoch)
+        total = math.ceil((config.epochs or (8 if scratch else 2)) * epoch)
         if config.max_steps:
             total = min(total, config.max_steps) if config.epochs else config.max_steps
         eval_interval = math.ceil(total / 10) if config.eval_interval < 0 else config.eval_interval or total
@@ -465,7 +467,8 @@ class Plan(NamedTuple):
             raise UserError(f"--micro_batch_tokens={budget} is below the longest example, {longest} tokens: raise it")
         return cls(total, epoch, config.warmup_steps or round(config.warmup_ratio * total), eval_interval,
                    eval_interval if config.save_interval < 0 else config.save_interval or total,
-                   config.learning_rate or (1e-3 if scratch else 5e-5), budget)
+                   config.log_interval or math.ceil(total / 50),
+                   config.learning_rate or (2e-3 if scratch else 5e-5), budget)
 
 
 def open_run(config):
@@ -555,11 +558,11 @@ def main(config):
                                      f"{learning_rate:.6g}", f"{grad_norm:.6g}", tokens, supervised, f"{seconds:.4f}"),
                            strict=True))
             last = step == plan.total or limit and elapsed >= limit
-            if step % config.log_interval == 0 or last or skipped:
+            if step % plan.log_interval == 0 or last or skipped:
                 left = (elapsed - began) / (step - first_step) * (plan.total - step)
-                print(f"step {step:,}/{plan.total:,}  loss {train_loss:.4f}  lr {learning_rate:.2e}  norm {grad_norm:.2f}"
-                      f"  {tokens / seconds:,.0f} tokens/s, {supervised / tokens:.0%} supervised"
-                      f"  {left // 60:.0f}:{left % 60:02.0f} left" + "  skipped: not finite" * bool(skipped), flush=True)
+                print(f"step {step:,}/{plan.total:,}  loss {train_loss:.4f}  lr {learning_rate:.2e}  norm "
+                      f"{grad_norm:.2f}  {tokens / seconds:,.0f} tokens/s, {supervised / tokens:.0%} supervised  "
+                      f"{left // 60:.0f}:{left % 60:02.0f} left" + "  skipped: not finite" * bool(skipped), flush=True)
             if last or step % plan.eval_interval == 0:
                 if len(val):
                     val_loss = evaluate(model, val, budget, device)

@@ -13,33 +13,33 @@ from pathlib import Path
 # base past participle: objects that suit the verb; ...
 IRREGULAR_VERBS = """
 break broke broken: window plate cup bottle chair clock toy; bring brought brought: letter chair box cake basket gift
-ticket; build built built: house bridge tower wall fence boat table; buy bought bought: car house ticket horse dress hat
-ring; catch caught caught: ball bird rabbit horse dog cat thief; choose chose chosen: gift dress hat song book picture
+ticket; build built built: house bridge tower wall fence boat table; buy bought bought: car house ticket horse jacket hat
+ring; catch caught caught: ball bird rabbit horse dog cat thief; choose chose chosen: gift jacket hat song book picture
 car; cut cut cut: cake pie pizza apple tomato carrot rose; draw drew drawn: picture map house tree horse boat bridge;
 drive drove driven: car truck bus van taxi boat; eat ate eaten: meal cake pie sandwich apple potato cookie; feed fed
 fed: dog cat horse cow bird rabbit child; find found found: key ring coin letter hat cat bag; forget forgot forgotten:
 key bag ticket coat hat book; grow grew grown: flower tree rose apple potato tomato carrot; hang hung hung: coat shirt
-dress picture clock map; hear heard heard: song tune melody story speech bird dog; hide hid hidden: key letter ring coin
+jacket picture clock map; hear heard heard: song tune melody story speech bird dog; hide hid hidden: key letter ring coin
 gift map knife; hold held held: cup bag box ball book cat ticket; lose lost lost: key ring coin ticket bag hat ball;
-make made made: cake pie pizza sandwich dress toy basket; meet met met: doctor lawyer tourist king queen pilot artist;
+make made made: cake pie pizza sandwich jacket toy basket; meet met met: doctor lawyer tourist king queen pilot artist;
 pay paid paid: waiter driver gardener mechanic worker baker; read read read: book letter story poem report message map;
-see saw seen: picture film tower horse king singer; sell sold sold: car house boat cow book dress ring; send sent sent:
+see saw seen: picture film tower horse king singer; sell sold sold: car house boat cow book jacket ring; send sent sent:
 letter message report gift ticket box; shake shook shaken: bottle box blanket bag basket tree; sing sang sung: song tune
 melody hymn carol ballad; steal stole stolen: car bicycle ring coin picture bag horse; take took taken: book key bag
-ticket coin cup gift; teach taught taught: student child boy girl dancer soldier; tear tore torn: shirt dress letter
+ticket coin cup gift; teach taught taught: student child boy girl dancer soldier; tear tore torn: shirt jacket letter
 coat ticket book; throw threw thrown: ball hat coin bottle toy bag; wake woke woken: child boy king student soldier
-sister dog; wear wore worn: shirt dress coat hat ring scarf; write wrote written: letter book story poem report speech
+sister dog; wear wore worn: shirt jacket coat hat ring scarf; write wrote written: letter book story poem report speech
 """
 # base past: objects that suit the verb; ... (the participle is the same as the past)
 REGULAR_VERBS = """
 bake baked: cake pie pizza cookie potato apple; carry carried: box basket bag table chair bottle child; chase chased:
 dog cat rabbit horse cow thief; clean cleaned: room floor window table house car knife; close closed: door window gate
 box book bag; cook cooked: meal egg potato carrot pizza tomato; copy copied: letter report map picture poem message
-song; drop dropped: ball cup plate bottle key coin egg; dry dried: plate cup dish shirt dress coat knife; finish
+song; drop dropped: ball cup plate bottle key coin egg; dry dried: plate cup dish shirt jacket coat knife; finish
 finished: report book story poem meal speech game lesson; fix fixed: car truck bicycle clock door fence toy; follow
-followed: guard teacher thief woman man bus taxi; help helped: farmer mother sailor nurse child woman neighbor; hug
+followed: guard teacher thief writer clerk bus taxi; help helped: farmer mother sailor nurse child writer neighbor; hug
 hugged: child mother father brother aunt cousin dog; invite invited: singer dancer musician scientist cousin prince
-boss; open opened: door window gate box letter bag bottle; paint painted: wall door fence house room boat chair; plan
+plumber; open opened: door window gate box letter bag bottle; paint painted: wall door fence house room boat chair; plan
 planned: trip party meal lesson garden speech; plant planted: tree flower rose potato tomato carrot; polish polished:
 table car ring coin plate clock; pull pulled: door box table car boat basket; sign signed: letter report book ticket
 picture message; stop stopped: car bus truck taxi game thief driver; study studied: map report picture lesson poem bird;
@@ -48,12 +48,12 @@ wash washed: car plate cup dish window shirt apple; watch watched: film game bir
 watered: flower tree rose garden tomato carrot; wrap wrapped: gift box sandwich bottle cup ring
 """
 PEOPLE = """
-actor artist aunt baker boss boy brother chef child cousin dancer doctor driver engineer farmer father fisherman
-gardener girl guard judge king lady lawyer librarian man manager mechanic mother musician neighbor nurse pilot prince
-princess queen sailor scientist secretary singer sister soldier student teacher thief tourist uncle waiter woman worker
+actor artist aunt baker plumber boy brother chef child cousin dancer doctor driver engineer farmer father hunter
+gardener girl guard judge king lady lawyer librarian clerk manager mechanic mother musician neighbor nurse pilot prince
+painter queen sailor scientist secretary singer sister soldier student teacher thief tourist uncle waiter writer worker
 """.split()
-PLURALS = {"child": "children", "fisherman": "fishermen", "knife": "knives", "man": "men", "potato": "potatoes",
-           "scarf": "scarves", "thief": "thieves", "tomato": "tomatoes", "woman": "women"}
+PLURALS = {"child": "children", "knife": "knives", "potato": "potatoes", "scarf": "scarves", "thief": "thieves",
+           "tomato": "tomatoes"}
 
 # Tail phrases and the verbs that they suit, or do not: nobody sells the house every day.
 TAILS = [
@@ -126,8 +126,8 @@ FAMILIES = {
 
 def invent(rng, verb, past, objects):
     thing = Noun(rng.choice(objects), rng.random() < 0.5)
-    # Without an -s, "read" and "cut" do not show their tense, so their subject stays singular.
-    plural = verb.base != verb.past and rng.random() < 0.4
+    # Without an -s, "read" and "cut" do not show their tense; in the present, subjects are singular throughout.
+    plural = past and verb.base != verb.past and rng.random() < 0.4
     subject = Noun(rng.choice([word for word in PEOPLE if word != thing.word]), plural)
     tails = [t for group, verbs in TAILS for t in group if (verb.base in verbs.split()) != verbs.startswith("not:")]
     return Sentence(subject, verb, thing, past, rng.choice(tails) if rng.random() < 0.6 else "")

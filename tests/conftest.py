@@ -31,8 +31,8 @@ def randomise(model, std=0.1, seed=0):
 
 
 def tiny(seed=0, std=0.1, **changes):
-    return randomise(GPT(GPTConfig(**{**dict(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=32), **changes})),
-                     std, seed)
+    config = dict(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=32)
+    return randomise(GPT(GPTConfig(**{**config, **changes})), std, seed)
 
 
 def write_lines(path, records):

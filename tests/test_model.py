@@ -31,8 +31,8 @@ def assert_same_logits(ours, theirs, length=40, tolerance=1e-4):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_equal_transformers_for_the_shape_of_every_size(size, tmp_path):
-    n_layer, n_head, n_embd = SIZES[size]
-    theirs = reference(min(n_layer, 2 if size in ("gpt2-large", "gpt2-xl") else 4), n_head, n_embd, 50257, 1024, std=0.1)
+    _, n_head, n_embd = SIZES[size]
+    theirs = reference(2 if size in ("gpt2-large", "gpt2-xl") else 4, n_head, n_embd, 50257, 1024)
     theirs.save_pretrained(tmp_path)
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
@@ -238,7 +238,8 @@ def test_safetensors_are_what_the_library_writes_and_reads(tmp_path):
     save_file(tensors, tmp_path / "theirs")
     for read in (load_file(tmp_path / "ours"), dict(read_safetensors(tmp_path / "theirs"))):
         assert read.keys() == tensors.keys()
-        assert all(torch.equal(read[name], tensors[name]) and read[name].dtype == tensors[name].dtype for name in tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
 
 
 def with_header(header, data=bytes(8)):
@@ -251,7 +252,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 @pytest.mark.parametrize("content", [
     b"", b"\1", (1 << 60).to_bytes(8, "little") + b"{}", with_header(b"{not json"), with_header(b"[1]"),
-    with_header({"a": ENTRY}, bytes(4)), with_header({"a": ENTRY}, bytes(9)), with_header({"a": {**ENTRY, "shape": [3]}}),
+    with_header({"a": ENTRY}, bytes(4)), with_header({"a": ENTRY}, bytes(9)),
+    with_header({"a": {**ENTRY, "shape": [3]}}),
     with_header({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, bytes(12)),  # overlapping
     with_header({"a": {**ENTRY, "data_offsets": [-8, 0]}}), with_header({"a": {**ENTRY, "dtype": "F33"}}),
     with_header({"a": {**ENTRY, "shape": [-1, -2]}}), with_header({"a": {"dtype": "F32"}}), with_header({"a": 3}),

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SHARED, colour_records
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
@@ -26,7 +26,8 @@ def load(data_dir, split="train"):
     meta = json.loads((data_dir / "meta.json").read_text())
     tokens = np.concatenate([np.load(data_dir / name) for name in meta[split]["shards"]])
     starts = np.append(np.flatnonzero(tokens["flags"] & START), len(tokens))
-    return [(tokens["id"][a:b].tolist(), tokens["flags"][a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False)]
+    return [(tokens["id"][start:stop].tolist(), tokens["flags"][start:stop].tolist())
+            for start, stop in zip(starts[:-1], starts[1:], strict=True)]
 
 
 def learned(ids, flags):
@@ -48,8 +49,8 @@ def golden(*segments):
 
 def test_alpaca_is_the_papers_prompt_and_only_the_answer_and_its_stop_are_learned():
     record = {"instruction": "Name it.", "input": "x", "output": "An x."}
-    text = ("Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-            "response that appropriately completes the request.\n\n### Instruction:\nName it.\n\n### Input:\nx\n\n"
+    text = ("Below is an instruction that describes a task, paired with an input that provides further context. Write "
+            "a response that appropriately completes the request.\n\n### Instruction:\nName it.\n\n### Input:\nx\n\n"
             "### Response:\n")
     assert encode(render(to_messages(record, spec()), spec()), BYTES) == golden((text, 0), ("An x.", 1), (STOP, 1))
     del record["input"]
@@ -318,7 +319,8 @@ def test_flags_out_of_range_are_all_named_at_once():
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data/instruction-data.json")
 def test_the_chapter_7_records(gpt2_encoding, tmp_path, capsys):
-    meta = prepare_data.main(PrepareConfig(input=str(SHARED / "data" / "instruction-data.json"), out_dir=str(tmp_path / "d")))
+    source = str(SHARED / "data" / "instruction-data.json")
+    meta = prepare_data.main(PrepareConfig(input=source, out_dir=str(tmp_path / "d")))
     assert sum(meta[split]["examples"] for split in ("train", "val", "test")) == 1100
     assert meta["vocab_size"] == 50257 and meta["eot"] == 50256 and EOT is None
     assert ">>>" in capsys.readouterr().out

@@ -89,8 +89,8 @@ def plain_loop(model, shards, steps, batch_size, seed, schedule, weight_decay, c
     """The same training in the plainest way: transformers' model, padding, one mean over the step, torch's AdamW."""
     decay = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=1e-3, betas=(0.9, 0.95))
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     losses = []
     for step in range(steps):
         examples = [shards[i] for i in examples_of_step(step, len(shards), batch_size, seed)]
@@ -131,8 +131,8 @@ def test_twenty_steps_equal_a_plain_transformers_loop(dtype, data, fit, tmp_path
     if dtype == "float64":
         weights, state = checkpoint(tmp_path / "out")["model"], theirs.transformer.state_dict()
         for name, weight in weights.items():
-            expected = state[name].t() if train.GPT and any(
-                part in name for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight")) else state[name]
+            transposed = any(part in name for part in ("c_attn.weight", "c_proj.weight", "c_fc.weight"))
+            expected = state[name].t() if transposed else state[name]
             assert (weight - expected).abs().max() < 1e-9, name
 
 
@@ -193,8 +193,8 @@ def test_matrices_decay_and_biases_and_norms_do_not():
     model = tiny()
     decayed, free = (set(map(id, group["params"])) for group in optimizer_groups(model, 0.1))
     for name, parameter in model.named_parameters():
-        assert (id(parameter) in decayed) == name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight",
-                                                            "c_fc.weight")) == (id(parameter) not in free)
+        matrix = name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"))
+        assert (id(parameter) in decayed, id(parameter) in free) == (matrix, not matrix)
 
 
 # ---- precision and compile ------------------------------------------------------------------------------------------
@@ -267,13 +267,6 @@ def test_where_compiling_fails_the_run_goes_on_in_eager(fit, monkeypatch, capsys
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(stop, fit, tmp_path):
     flags = dict(dropout=0.1, epochs=3, max_steps=0, max_examples=9, save_interval=1)
     straight = fit("straight", **flags)
-    monkey = train.Interrupt.__enter__
-
-    def stopping(self):
-        monkey(self)
-        self.steps = 0
-        return self
-    fit_parts = dict(flags)
     with pytest.MonkeyPatch.context() as patch:
         real = train.gradients
         count = [0]
@@ -285,14 +278,14 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(stop, fit, tmp_path):
             return real(model, scaler, batches, supervised, device)
         patch.setattr(train, "gradients", counted)
         with pytest.raises(SystemExit) as left:
-            fit("parts", **fit_parts)
+            fit("parts", **flags)
     assert left.value.code == 130
     assert checkpoint(tmp_path / "parts")["step"] == stop
     resumed = fit("parts", resume=True)
     assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
     assert same_weights(tmp_path / "straight", tmp_path / "parts")
-    drop = [{**row, "seconds": ""} for row in rows(tmp_path / "parts")]
-    assert drop == [{**row, "seconds": ""} for row in rows(tmp_path / "straight")] and len(drop) == straight["step"] == 9
+    one, other = ([{**row, "seconds": ""} for row in rows(tmp_path / name)] for name in ("straight", "parts"))
+    assert one == other and len(one) == straight["step"] == 9
 
 
 def test_best_is_the_lowest_validation_loss_and_never_nan(fit, tmp_path, monkeypatch):
@@ -407,18 +400,21 @@ def test_damaged_files_are_refused(fit, data, tmp_path, prepare):
 
 @pytest.mark.parametrize("words, message", [
     (["--learning-rat=1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
-    (["--epochs=many"], "--epochs: invalid float value: 'many'"), (["--resume=maybe"], "'maybe' is neither true nor false"),
+    (["--epochs=many"], "--epochs: invalid float value: 'many'"),
+    (["--resume=maybe"], "'maybe' is neither true nor false"),
     (["config.py"], "unknown argument 'config.py'"), (["--batch_size=0"], "--batch_size: 0 is below 1"),
-    (["--dropout=1.5", "--lr_schedule=step"], r"--dropout: 1.5 is not in \[0, 1\); --lr_schedule: 'step' is none of cosine")])
+    (["--dropout=1.5", "--lr_schedule=step"], "--dropout: 1.5 is not in [0, 1); --lr_schedule: 'step' is none of")])
 def test_misused_flags_end_in_one_line_and_exit_code_2(words, message):
     done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and message.replace("\\", "") in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and message in done.stderr
 
 
 def test_flags_are_read_in_every_spelling():
-    config = parse_config(TrainConfig, ["--max-steps", "5", "--resume", "--dropout=0", "--overwrite=False", "--out_dir", "x"])
-    assert (config.max_steps, config.resume, config.dropout, config.overwrite, config.out_dir) == (5, True, 0.0, False, "x")
+    words = ["--max-steps", "5", "--resume", "--dropout=0", "--overwrite=False", "--out_dir", "x"]
+    config = parse_config(TrainConfig, words)
+    assert (config.max_steps, config.resume, config.dropout, config.overwrite, config.out_dir) == (
+        5, True, 0.0, False, "x")
     assert config.given == {"max_steps", "resume", "dropout", "overwrite", "out_dir"}
 
 

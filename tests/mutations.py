@@ -1,0 +1,104 @@
+"""Breaks the code in ways that other trainers were broken, one at a time, and runs the tests: every break must be found.
+
+    python tests/mutations.py            # all of them, a table at the end
+    python tests/mutations.py shift      # those whose name holds a word
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# name: (file, the code, the broken code)
+MUTATIONS = {
+    "targets shifted twice": ("train.py", '''tokens["id"][1:].astype(np.int64), IGNORE)''',
+                              '''np.roll(tokens["id"], -2)[1:].astype(np.int64), IGNORE)'''),
+    "mask ignored": ("train.py", '''np.where(tokens["flags"][1:] & SUPERVISED,''', '''np.where(tokens["flags"][1:] < 9,'''),
+    "stop not supervised": ("prepare_data.py", '''return segments + ([(EOT, True)] if stops''',
+                            '''return segments + ([(EOT, False)] if stops'''),
+    "prompt supervised": ("prepare_data.py", '''else [(f"{role}\\n{content}", False)]''',
+                          '''else [(f"{role}\\n{content}", True)]'''),
+    "mean of micro-batch means": ("train.py", '''lengths) / supervised''', '''lengths) / int((targets != IGNORE).sum())'''),
+    "layer norms swapped": ("model.py", '''x = x + self.attn(self.ln_1(x), layout, cache)
+        return x + self.mlp(self.ln_2(x))''', '''x = x + self.attn(self.ln_2(x), layout, cache)
+        return x + self.mlp(self.ln_1(x))'''),
+    "biases dropped": ("model.py", '''F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))''',
+                       '''F.linear(x, self.weight.to(x.dtype))'''),
+    "exact GELU": ("model.py", ''', approximate="tanh")''', ''')'''),
+    "packed examples see each other": ("model.py", '''start = torch.arange(B).repeat_interleave(lengths)
+        position =''', '''B, T, lengths = 1, int(lengths.sum()), lengths.sum()[None]
+        start = torch.arange(B).repeat_interleave(lengths)
+        position ='''),
+    "positions do not restart": ("model.py", '''- (lengths.cumsum(0) - lengths)[start]
+        index''', '''- 0 * start
+        index'''),
+    "attention sees the future": ("model.py", '''dtype=q.dtype).triu(1)''', '''dtype=q.dtype).triu(2)'''),
+    "cache written one place late": ("model.py", '''keys[rows, :, layout.position], values[rows, :, layout.position] =''',
+                                     '''late = (layout.position + 1) % keys.size(2)
+                keys[rows, :, late], values[rows, :, late] ='''),
+    "cached position one late": ("model.py", '''position = lengths.clamp(max=size - 1)''',
+                                 '''position = (lengths + 1).clamp(max=size - 1)'''),
+    "padding seen while generating": ("model.py", '''<= position[:, None]''', '''<= position.max()'''),
+    "split by record, not by prompt": ("prepare_data.py", '''f"{seed} {prompt}".encode()''',
+                                       '''f"{seed} {marked}".encode()'''),
+    "special text encoded as special": ("prepare_data.py", '''encoding.encode_ordinary(text) for text, _ in segments''',
+                                        '''encoding.encode(text, allowed_special="all") for text, _ in segments'''),
+    "stop cut by truncation": ("prepare_data.py", '''                if len(ids) > limit:
+                    report[''', '''                ids, flags = ids[:limit], flags[:limit]
+                if len(ids) > limit:
+                    report['''),
+    "partial last step dropped": ("train.py", '''math.ceil(n_examples / batch_size))
+    order''', '''max(1, n_examples // batch_size))
+    order'''),
+    "one order for every epoch": ("train.py", '''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
+    "evaluation as a mean of means": ("train.py", '''        supervised += int((targets != IGNORE).sum())
+    model''', '''        loss += model(idx.to(device), targets.to(device), lengths).item() * (1 / int((targets != IGNORE).sum()) - 1)
+        supervised += 1
+    model'''),
+    "resume repeats a step": ("train.py", '''save_checkpoint(out_dir / "ckpt.pt", step=step,''',
+                              '''save_checkpoint(out_dir / "ckpt.pt", step=step - 1,'''),
+    "resume forgets the optimizer": ("train.py", '''optimizer.load_state_dict(checkpoint["optimizer"])''', '''pass'''),
+    "dropout differs after resume": ("train.py", '''torch.manual_seed(config.seed * 1_000_003 + step)''', '''pass'''),
+    "best overwritten by worse": ("train.py", '''better = val_loss < best_val_loss''', '''better = not val_loss == 4.0'''),
+    "biases decay": ("model.py", '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}''',
+                     '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": weight_decay}'''),
+    "clipping left out": ("train.py", '''config.grad_clip or math.inf''', '''math.inf'''),
+    "overflow not skipped": ("train.py", '''scaler.step(optimizer)''', '''optimizer.step()'''),
+    "padded vocabulary drawn": ("model.py", '''[:, :n_vocab]''', ''''''),
+    "characters broken while streaming": ("sample.py", '''codecs.getincrementaldecoder("utf-8")(errors="replace"), []''',
+                                          '''type("D", (), {"decode": lambda s, b, final=0: b.decode(errors="replace")})(), []'''),
+    "a bug hidden from its owner": ("config.py", '''except (UserError, OSError) as error:''', '''except Exception as error:'''),
+}
+
+
+def found(name):
+    """Whether the tests fail on the code so broken; the last line of what they said."""
+    file, code, broken = MUTATIONS[name]
+    with tempfile.TemporaryDirectory() as work:
+        copy = Path(work) / "nanosft"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out*", "__pycache__", "demo"))
+        text = (copy / file).read_text(encoding="utf-8")
+        assert text.count(code) == 1, f"{name}: its code stands {text.count(code)} times in {file}"
+        (copy / file).write_text(text.replace(code, broken), encoding="utf-8")
+        if (ROOT.parent / "shared").exists():
+            (Path(work) / "shared").symlink_to(ROOT.parent / "shared")
+        tests = {"prepare_data.py": ["tests/test_prepare_data.py"], "model.py": ["tests/test_model.py"],
+                 "train.py": ["tests/test_train.py"], "sample.py": ["tests/test_sample.py"],
+                 "config.py": ["tests/test_train.py"]}[file]
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests, "-k", "not full_size and not large and not xl"
+                               " and not compil"], cwd=copy, capture_output=True, text=True)
+        lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        return done.returncode == 1, lines[0].split("::")[1].split(" - ")[0] if lines else done.stdout[-300:]
+
+
+if __name__ == "__main__":
+    wanted = [name for name in MUTATIONS if all(word in name for word in sys.argv[1:])]
+    missed = 0
+    for name in wanted:
+        caught, by = found(name)
+        missed += not caught
+        print(f"| {name} | {'found by ' + by if caught else 'NOT FOUND ' + by} |", flush=True)
+    print(f"{len(wanted) - missed} of {len(wanted)} found")
+    sys.exit(missed > 0)
