@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
-    save_interval: int = -1  # steps between checkpoints; -1 = with each evaluation, 0 = only at the end
+    save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, two minutes apart; 0 = only at the end
     log_interval: int = 0  # steps between log lines; 0 = about fifty a run
     # machine
     device: str = ""  # cpu | cuda | cuda:1 | mps; '' = the best there is
@@ -279,16 +280,19 @@ class Samples:
     """A few held-out prompts with their answers, to see in plain text what the model has learned so far."""
 
     def __init__(self, shards, encoding, count=2):
-        self.encoding, self.prompts, self.answers = encoding, [], []
-        for tokens in (shards[i] for i in range(min(count, len(shards)))):
+        self.encoding, self.prompts, self.answers, seen = encoding, [], [], Counter()
+        for tokens in (shards[i] for i in range(min(40, len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = max(int(supervised.argmax()), min(16, len(tokens) // 2))  # plain text goes on from a few words
             stop = first + int(np.append(~supervised[first:], True).argmax())
             self.prompts.append(tokens["id"][:first].tolist())
             self.answers.append(tokens["id"][first:stop].tolist())
         lines = [encoding.decode(prompt).replace("<|endoftext|>", "\n").splitlines() for prompt in self.prompts]
-        common = set.intersection(*map(set, lines)) if len(lines) > 1 else set()  # the template's own words
-        self.titles = [shorten(" ".join(line for line in own if line.strip() and line not in common)) for own in lines]
+        for own in lines:
+            seen.update(set(own))
+        del self.prompts[count:], self.answers[count:]
+        self.titles = [shorten(" ".join(line for line in own if line.strip() and (seen[line] == 1 or len(lines) == 1)))
+                       for own in lines[:count]]  # lines that stand in several prompts are the template's
 
     def answer(self, model):
         """One greedy answer to each prompt, as text, cut at the length of the right one plus a little."""
@@ -529,7 +533,7 @@ def main(config):
         samples.show(model, "before training")
 
     step, limit, skipped, train_loss, val_loss = first_step, 60 * config.max_minutes, 0, math.nan, math.nan
-    started, began = time.perf_counter() - elapsed, elapsed
+    started, began, saved = time.perf_counter() - elapsed, elapsed, elapsed
     log_file, log = open_log(out_dir / "log.csv", step)
     with Interrupt() as interrupt, log_file:
         while step < plan.total and not interrupt.signum and not (limit and elapsed >= limit):
@@ -578,7 +582,9 @@ def main(config):
             if skipped == 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
-            if not skipped and (last or interrupt.signum or step % plan.save_interval == 0):
+            due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
+            if not skipped and (last or interrupt.signum or due):
+                saved = elapsed
                 save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config), data=identity(meta),
                                 model_config=vars(model.config), init_from=init_from, dtype=str(dtype)[6:],
                                 model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),

@@ -13,22 +13,23 @@ from pathlib import Path
 # base past participle: objects that suit the verb; ...
 IRREGULAR_VERBS = """
 break broke broken: window plate cup bottle chair clock toy; bring brought brought: letter chair box cake basket gift
-ticket; build built built: house bridge tower wall fence boat table; buy bought bought: car house ticket horse jacket hat
-ring; catch caught caught: ball bird rabbit horse dog cat thief; choose chose chosen: gift jacket hat song book picture
-car; cut cut cut: cake pie pizza apple tomato carrot rose; draw drew drawn: picture map house tree horse boat bridge;
-drive drove driven: car truck bus van taxi boat; eat ate eaten: meal cake pie sandwich apple potato cookie; feed fed
-fed: dog cat horse cow bird rabbit child; find found found: key ring coin letter hat cat bag; forget forgot forgotten:
-key bag ticket coat hat book; grow grew grown: flower tree rose apple potato tomato carrot; hang hung hung: coat shirt
-jacket picture clock map; hear heard heard: song tune melody story speech bird dog; hide hid hidden: key letter ring coin
-gift map knife; hold held held: cup bag box ball book cat ticket; lose lost lost: key ring coin ticket bag hat ball;
-make made made: cake pie pizza sandwich jacket toy basket; meet met met: doctor lawyer tourist king queen pilot artist;
-pay paid paid: waiter driver gardener mechanic worker baker; read read read: book letter story poem report message map;
-see saw seen: picture film tower horse king singer; sell sold sold: car house boat cow book jacket ring; send sent sent:
-letter message report gift ticket box; shake shook shaken: bottle box blanket bag basket tree; sing sang sung: song tune
-melody hymn carol ballad; steal stole stolen: car bicycle ring coin picture bag horse; take took taken: book key bag
-ticket coin cup gift; teach taught taught: student child boy girl dancer soldier; tear tore torn: shirt jacket letter
-coat ticket book; throw threw thrown: ball hat coin bottle toy bag; wake woke woken: child boy king student soldier
-sister dog; wear wore worn: shirt jacket coat hat ring scarf; write wrote written: letter book story poem report speech
+ticket; build built built: house bridge tower wall fence boat table; buy bought bought: car house ticket horse jacket
+hat ring; catch caught caught: ball bird rabbit horse dog cat thief; choose chose chosen: gift jacket hat song book
+picture car; cut cut cut: cake pie pizza apple tomato carrot rose; draw drew drawn: picture map house tree horse boat
+bridge; drive drove driven: car truck bus van taxi boat; eat ate eaten: meal cake pie sandwich apple potato cookie;
+feed fed fed: dog cat horse cow bird rabbit child; find found found: key ring coin letter hat cat bag; forget forgot
+forgotten: key bag ticket coat hat book; grow grew grown: flower tree rose apple potato tomato carrot; hang hung hung:
+coat shirt jacket picture clock map; hear heard heard: song tune melody story speech bird dog; hide hid hidden: key
+letter ring coin gift map knife; hold held held: cup bag box ball book cat ticket; lose lost lost: key ring coin ticket
+bag hat ball; make made made: cake pie pizza sandwich jacket toy basket; meet met met: doctor lawyer tourist king queen
+pilot artist; pay paid paid: waiter driver gardener mechanic worker baker; read read read: book letter story poem
+report message map; see saw seen: picture film tower horse king singer; sell sold sold: car house boat cow book jacket
+ring; send sent sent: letter message report gift ticket box; shake shook shaken: bottle box blanket bag basket tree;
+sing sang sung: song tune melody hymn carol ballad; steal stole stolen: car bicycle ring coin picture bag horse; take
+took taken: book key bag ticket coin cup gift; teach taught taught: student child boy girl dancer soldier; tear tore
+torn: shirt jacket letter coat ticket book; throw threw thrown: ball hat coin bottle toy bag; wake woke woken: child
+boy king student soldier sister dog; wear wore worn: shirt jacket coat hat ring scarf; write wrote written: letter book
+story poem report speech
 """
 # base past: objects that suit the verb; ... (the participle is the same as the past)
 REGULAR_VERBS = """
