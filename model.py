@@ -1,4 +1,4 @@
-"""GPT-2: its definition, OpenAI's weights in and out, and generation with a key/value cache.
+"""GPT-2: its definition, OpenAI's weights in and out, LoRA, and generation with a key/value cache.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters carry the names of OpenAI's
 release (wte, wpe, h.0.attn.c_attn ...), and matrices are stored as nn.Linear has them, (out, in): the transpose of
@@ -66,11 +66,44 @@ class Layout(NamedTuple):
         return rows if self.index is None else rows.index_select(0, self.index)
 
 
+class Cache(NamedTuple):
+    """The keys and values of the tokens so far."""
+    state: torch.Tensor  # (2, n_layer, B, n_head, S, head_dim)
+    lengths: torch.Tensor  # (B,) tokens in each row, on the CPU
+
+    def select(self, rows):
+        """The cache of these rows, which may repeat."""
+        return Cache(self.state[:, :, rows], self.lengths[rows])
+
+
 class Linear(nn.Linear):
     """Computes in the dtype of its input; the weights may be kept in a higher one."""
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LoraLinear(Linear):
+    """A frozen Linear plus a trainable update of low rank, alpha / rank · B A (Hu et al. 2021, "LoRA")."""
+
+    def __init__(self, base, rank, alpha, dropout):
+        nn.Module.__init__(self)
+        self.weight, self.bias, self.scale, self.dropout = base.weight, base.bias, alpha / rank, dropout
+        self.lora_A = nn.Parameter(torch.empty(rank, base.weight.size(1), device=base.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.weight.size(0), rank, device=base.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x):
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (N, rank)
+        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+
+    def merged(self):
+        """A plain Linear with the update added to its weights."""
+        weight = self.weight + self.scale * self.lora_B @ self.lora_A  # in the wider of their dtypes
+        with torch.device("meta"):
+            linear = Linear(weight.size(1), weight.size(0))
+        linear.weight, linear.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return linear
 
 
 class LayerNorm(nn.LayerNorm):
@@ -200,6 +233,26 @@ class GPT(nn.Module):
 
     # ---- generation ----
 
+    def prefill(self, prompts, new_tokens):
+        """Reads prompts, lists of ids of any lengths: (hidden state (B, n_embd) at the end of each, Cache)."""
+        block_size, longest = self.config.block_size, max(map(len, prompts))
+        if not 0 < min(map(len, prompts)) <= longest <= block_size:
+            raise UserError(f"the prompt has {longest:,} tokens, the context {block_size:,}: shorten it")
+        weight, lengths = self.wte.weight, torch.tensor([len(prompt) for prompt in prompts])
+        state = torch.zeros(2, self.config.n_layer, len(prompts), self.config.n_head,
+                            min(block_size, longest + new_tokens), self.config.n_embd // self.config.n_head,
+                            dtype=self.compute_dtype or weight.dtype, device=weight.device)
+        packed = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)
+        x = self.hidden(packed, Layout.of(lengths, weight.device), state)
+        return x.index_select(0, (lengths.cumsum(0) - 1).to(weight.device)), Cache(state, lengths)
+
+    def decode(self, ids, cache):
+        """Reads one more token a row, ids (B,): (hidden state (B, n_embd), Cache with these tokens)."""
+        position = cache.lengths.clamp(max=cache.state.size(4) - 1)  # rows that have ended stay within the cache
+        seen = torch.arange(int(position.max()) + 1) <= position[:, None]
+        layout = Layout(position.to(ids.device), None, (len(ids), 1), seen[:, None, None].to(ids.device))
+        return self.hidden(ids, layout, cache.state), Cache(cache.state, cache.lengths + 1)
+
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, stop=None, n_vocab=None,
                  generator=None):
@@ -209,50 +262,120 @@ class GPT(nn.Module):
         A row ends with `stop` (which is yielded), after max_new_tokens, or when the context is full. temperature 0
         takes the most likely token; top_k > 0 and top_p < 1 cut the distribution; ids from n_vocab on are never drawn.
         """
-        block_size, rows = self.config.block_size, len(prompts)
-        if not 0 < min(map(len, prompts)) <= max(map(len, prompts)) <= block_size:
-            raise UserError(f"the prompt has {max(map(len, prompts)):,} tokens, the context {block_size:,}: shorten it")
-        training, device = self.training, self.wte.weight.device
+        training = self.training
         self.eval()
         try:
-            lengths = torch.tensor([len(prompt) for prompt in prompts])
-            size = min(block_size, int(lengths.max()) + max_new_tokens)
-            dtype = self.compute_dtype or self.wte.weight.dtype
-            cache = torch.zeros(2, self.config.n_layer, rows, self.config.n_head, size,
-                                self.config.n_embd // self.config.n_head, dtype=dtype, device=device)
-            layout = Layout.of(lengths, device)
-            packed = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-            x = self.hidden(packed, layout, cache)
-            x = x.index_select(0, (lengths.cumsum(0) - 1).to(device))  # each row's last token
-            alive = list(range(rows))  # the row of the caller's that each row of the cache belongs to; None: ended
+            x, cache = self.prefill(prompts, max_new_tokens)
+            rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: ended
             for step in range(max_new_tokens):
                 drawn = draw(self.logits(x)[:, :n_vocab], temperature, top_k, top_p, generator)
-                ids = drawn.tolist()
-                yield [ids[alive.index(row)] if row in alive else None for row in range(rows)]
-                alive = [None if token == stop or length == size else row
-                         for row, token, length in zip(alive, ids, lengths.tolist(), strict=True)]
-                left = [place for place, row in enumerate(alive) if row is not None]
+                ids = dict(zip(rows, drawn.tolist(), strict=True))
+                yield [ids.get(row) for row in range(len(prompts))]
+                full = (cache.lengths == cache.state.size(4)).tolist()
+                rows = [None if row is None or ids[row] == stop or ended else row
+                        for row, ended in zip(rows, full, strict=True)]
+                left = [place for place, row in enumerate(rows) if row is not None]
                 if not left or step + 1 == max_new_tokens:
                     return
-                if len(left) <= len(alive) // 2:  # copying the cache pays once half of its rows have ended
-                    keep = torch.tensor(left)
-                    cache, drawn, lengths = cache[:, :, keep.to(device)], drawn[keep.to(device)], lengths[keep]
-                    alive = [alive[place] for place in left]
-                position = lengths.clamp(max=size - 1)
-                seen = torch.arange(int(position.max()) + 1) <= position[:, None]
-                layout = Layout(position.to(device), None, (len(alive), 1), seen[:, None, None].to(device))
-                x = self.hidden(drawn, layout, cache)
-                lengths = lengths + 1
+                if len(left) <= len(rows) // 2:  # copying the cache pays once half of its rows have ended
+                    rows, drawn, cache = [rows[place] for place in left], drawn[left], cache.select(left)
+                x, cache = self.decode(drawn, cache)
         finally:
             self.train(training)
+
+    @torch.inference_mode()
+    def log_likelihood(self, prompts, answers):
+        """The log-probability of each of `answers` (lists of ids) after each of `prompts`, (len(prompts),
+        len(answers)), float32: summed over an answer's tokens; every prompt is read once."""
+        x, cache = self.prefill(prompts, max(map(len, answers)))
+        each = [row for row in range(len(prompts)) for _ in answers]  # a row for every pair
+        x, cache, total = x[each], cache.select(each), 0.0
+        for step in range(max(map(len, answers))):
+            ids = torch.tensor([answer[step] if step < len(answer) else 0 for answer in answers] * len(prompts))
+            counts = torch.tensor([float(step < len(answer)) for answer in answers] * len(prompts))
+            log_probabilities = self.logits(x).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
+            total = total + log_probabilities * counts.to(x.device)
+            if step + 1 < max(map(len, answers)):
+                x, cache = self.decode(ids.to(x.device), cache)
+        return total.view(len(prompts), len(answers))
+
+    # ---- LoRA ----
+
+    def add_lora(self, rank, alpha, dropout, targets):
+        """Freezes all weights and gives the linear layers named in `targets` trainable updates of this rank."""
+        self.requires_grad_(False)
+        for name, module in list(self.named_modules()):
+            if isinstance(module, Linear) and any(name == target or name.endswith(f".{target}") for target in targets):
+                self.set_submodule(name, LoraLinear(module, rank, alpha, dropout))
+        return self
+
+    def merge_lora(self):
+        """Turns LoRA's updates, where there are any, into plain weights."""
+        for name, module in list(self.named_modules()):
+            if isinstance(module, LoraLinear):
+                self.set_submodule(name, module.merged())
+        return self.requires_grad_(True)
+
+    def remove_lora(self):
+        """Takes LoRA's updates away again: the base model as it was."""
+        for module in self.modules():
+            if isinstance(module, LoraLinear):
+                module.lora_B.data.zero_()
+        return self.merge_lora()
+
+    def save_adapter(self, directory, base):
+        """Writes LoRA's updates alone, in PEFT's layout and names; `base` is the name or path of the frozen model."""
+        lora = {name: module for name, module in self.named_modules() if isinstance(module, LoraLinear)}
+        first = next(iter(lora.values()))
+        rank, directory = first.lora_A.size(0), Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_safetensors(directory / "adapter_model.safetensors", {
+            f"base_model.model.transformer.{name}.{part}.weight": getattr(module, part)
+            for name, module in lora.items() for part in ("lora_A", "lora_B")})
+        with atomic_file(directory / "adapter_config.json") as file:
+            file.write(json.dumps({
+                "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+                "lora_alpha": first.scale * rank, "lora_dropout": first.dropout, "bias": "none", "fan_in_fan_out": True,
+                "target_modules": sorted({name.split(".", 2)[2] for name in lora}), "inference_mode": True},
+                indent=1).encode())
+
+    def load_adapter(self, directory):
+        """Adds the LoRA adapter of a directory in PEFT's layout, ours or peft's own; options we lack are refused."""
+        values = read_json(Path(directory) / "adapter_config.json")
+        plain = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path",
+                 "peft_type", "peft_version", "task_type", "fan_in_fan_out", "inference_mode", "auto_mapping",
+                 "revision", "runtime_config", "megatron_core", "qalora_group_size"}
+        for name, value in values.items():
+            if name not in plain and value and (name, value) not in (("bias", "none"), ("init_lora_weights", True)):
+                raise UserError(f"{directory}: the adapter's option {name}={value!r} is not supported")
+        found = {}
+        for name, tensor in read_safetensors(Path(directory) / "adapter_model.safetensors"):
+            match = re.fullmatch(r"base_model\.model\.transformer\.(.+)\.(lora_[AB])\.weight", name)
+            if not match:
+                raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update of GPT-2")
+            found[match[1], match[2]] = tensor
+        modules, rank, alpha = dict(self.named_modules()), values.get("r", 0), values.get("lora_alpha", 0)
+        for path in sorted({path for path, _ in found}):
+            base, A, B = modules.get(path), found.get((path, "lora_A")), found.get((path, "lora_B"))
+            if not isinstance(base, Linear) or A is None or B is None or (
+                    (*A.shape, *B.shape) != (rank, base.weight.size(1), base.weight.size(0), rank)):
+                raise UserError(f"{directory}: the adapter's {path} does not fit this model or its rank {rank}")
+            module = LoraLinear(base, rank, alpha, values.get("lora_dropout", 0.0))
+            module.lora_A.data, module.lora_B.data = (x.to(base.weight.device, torch.float32) for x in (A, B))
+            self.set_submodule(path, module)
+        return self
 
     # ---- weights in and out ----
 
     @classmethod
     def from_pretrained(cls, name_or_path, dropout=0.0):
         """GPT-2 from OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or from a
-        Hugging Face directory, a .bin or .safetensors file, or an out_dir of train.py (its best weights). float32."""
+        Hugging Face directory, a .bin or .safetensors file, or an out_dir of train.py (its best weights; a LoRA adapter
+        comes on its base). float32."""
         path = locate(str(name_or_path))
+        if path.name == "adapter_config.json":
+            base = str(read_json(path).get("base_model_name_or_path")).removeprefix("openai-community/")
+            return cls.from_pretrained(base, dropout).load_adapter(path.parent)
         state = {}
         for name, tensor in read_weights(path):
             name = name.removeprefix("transformer.")
@@ -393,10 +516,19 @@ def read_weights(path):
     return state.items()
 
 
+def read_json(path):
+    """A JSON file that holds an object."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values if isinstance(values, dict) else {}
+    except ValueError:
+        raise UserError(f"{path} is no JSON; download or write it again") from None
+
+
 def read_config(path):
     """A Hugging Face config.json as GPTConfig; UserError for what is not GPT-2 as this file defines it."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         config = GPTConfig(values.get("n_positions", 1024), values.get("vocab_size", 50257), values["n_layer"],
                            values["n_head"], values["n_embd"])
         assert all(type(n) is int and n > 0 for n in list(vars(config).values())[:-1])
@@ -429,11 +561,11 @@ def locate(name_or_path):
     if name_or_path in SIZES and not path.exists():
         return download(name_or_path)
     for directory in (path / "best", path / "last", path):
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        for name in ("adapter_config.json", "model.safetensors", "pytorch_model.bin"):
             if (directory / name).is_file():
                 return directory / name
     if path.is_dir():
-        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor adapter_config.json")
     if not path.is_file() or path.suffix not in (".safetensors", ".bin"):
         raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, or the path of a Hugging Face "
                         "directory, a .safetensors or .bin file, or an out_dir of train.py")

@@ -199,6 +199,14 @@ def to_messages(record, spec, answered=True):
 
 # ---- rendering: messages become segments (text or EOT, supervised); the one place for wording and loss mask ----------
 
+def alpaca_prompt(instruction, given):
+    """The prompt of Stanford Alpaca (Taori et al. 2023), with or without an input."""
+    context = ", paired with an input that provides further context" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
+    return (f"Below is an instruction that describes a task{context}. Write a response that appropriately completes "
+            f"the request.\n\n### Instruction:\n{instruction}\n\n{given}### Response:\n")
+
+
 def render(messages, spec):
     """Segments (text or EOT, supervised), each to be tokenised by itself.
 
@@ -219,12 +227,7 @@ def render(messages, spec):
         if roles not in (["user"], ["user", "assistant"]):
             raise UserError(f"the alpaca template holds one question and one answer, not {' + '.join(roles)}; "
                             "--template=chat holds conversations")
-        content, given = messages[0][1]["content"], messages[0][1].get("input", "")
-        header = "Below is an instruction that describes a task" + (
-            ", paired with an input that provides further context" if given else "")
-        given = f"### Input:\n{given}\n\n" if given else ""
-        prompt = (f"{header}. Write a response that appropriately completes the request.\n\n"
-                  f"### Instruction:\n{content}\n\n{given}### Response:\n")
+        prompt = alpaca_prompt(messages[0][1]["content"], messages[0][1].get("input", ""))
         return [(prompt, False)] + [*answer, (EOT, True)] * bool(answer)
     if spec["template"] == "chat":
         segments, stops = [], False  # stops: the end-of-text that opens this turn closes an assistant's

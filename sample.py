@@ -1,13 +1,17 @@
-"""Uses a trained model: answers a prompt, chats, or answers and scores a file of records.
+"""Uses a trained model: answers a prompt, chats, answers and scores a file of records, or exports.
 
     python sample.py                                          # chat with the model in out/
     python sample.py --prompt="Name three colours."           # one answer
     python sample.py --file=data/instruction-data/test.jsonl  # answer the held-out records and count exact matches
-    python sample.py --model=gpt2 --prompt="Once upon a time" # a plain GPT-2 goes on with the text
+    python sample.py --model=gpt2,out --file=...              # before against after, side by side
+    python sample.py --export=my-model                        # plain weights and tokenizer for transformers
 """
 import codecs
+import copy
+import dataclasses
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -15,22 +19,26 @@ from pathlib import Path
 import torch
 
 from config import UserError, require, run, status
-from model import GPT, atomic_file, locate
-from prepare_data import NAME, encode, get_encoding, read_records, render, to_messages
+from model import GPT, atomic_file, locate, read_json
+from prepare_data import NAME, alpaca_prompt, encode, fill, get_encoding, read_records, render, sha256_of, to_messages
 from train import load_meta, pick_device, pick_dtype
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     # model
-    model: str = "out"  # an out_dir of train.py, a Hugging Face directory, or gpt2 | gpt2-medium | gpt2-large | gpt2-xl
+    model: str = "out"  # an out_dir of train.py, a Hugging Face directory, or gpt2 ... gpt2-xl; several with commas
+    adapter: str = ""  # LoRA adapters over one --model, several with commas: each answers, side by side
     data_dir: str = ""  # prepared data whose template to use; '' = the one stored with the model, else plain text
     # what to answer
     prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat
     input: str = ""  # Alpaca's input to the prompt
     system: str = ""  # system prompt, for the chat template
+    answer: str = ""  # a half-written answer to go on with
     file: str = ""  # records to answer (as prepare_data.py reads them) and, where they hold an answer, to score
+    labels: str = ""  # for classification: the classes, with commas; '' = the file's answers, where they are few
     output: str = "answers.jsonl"  # where --file writes its records, each with its response
+    export: str = ""  # write the model into this directory for transformers, LoRA merged
     # how
     temperature: float = 0.0  # 0 = always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0 = all
@@ -49,28 +57,80 @@ class SampleConfig:
                 temperature=self.temperature < 0 and f"{self.temperature} is below 0",
                 top_k=self.top_k < 0 and f"{self.top_k} is below 0",
                 top_p=not 0 < self.top_p <= 1 and f"{self.top_p} is not in (0, 1]",
+                adapter=bool(self.adapter) and "," in self.model and "needs one --model, not several",
                 dtype=self.dtype not in ("auto", "float32", "bfloat16", "float16", "float64")
                 and f"{self.dtype!r} is none of auto, float32, bfloat16, float16")
 
 
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Voice:
+    """A model with what it needs to be asked. The spec words prompts as in training; None: it goes on with text."""
+    name: str
+    model: GPT
+    encoding: object
+    spec: dict | None
+
+    def prompt_ids(self, messages):
+        """The ids that stand before the answer, by the renderer that made the training data."""
+        if self.spec is None:
+            return self.encoding.encode_ordinary(messages[-1][1]["content"]) or [self.encoding.eot_token]
+        return encode(render(messages, self.spec), self.encoding)[0]
+
+    def generate(self, prompts, config):
+        """Yields, step by step, a list with the next id of each row's answer; None from its stop on."""
+        generator = torch.Generator(self.model.wte.weight.device).manual_seed(config.seed)
+        for ids in self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+                                       self.encoding.eot_token, self.encoding.n_vocab, generator):
+            yield [None if token == self.encoding.eot_token else token for token in ids]
+
+
+def stored_spec(path):
+    """What prompt.json beside a weights file says, or None; UserError where an adapter's base has changed."""
+    stored = path.parent / "prompt.json"
+    spec = read_json(stored) if stored.exists() else None
+    if path.name == "adapter_config.json" and spec and spec.get("base_sha256"):
+        base = locate(read_json(path)["base_model_name_or_path"].removeprefix("openai-community/"))
+        if sha256_of(base) != spec["base_sha256"]:
+            raise UserError(f"{path.parent} was trained on other weights than {base} holds now; put the old file back")
+    return spec
+
+
 def load(config):
-    """(model, encoding, spec): the spec words prompts as in training; None: the model goes on with plain text."""
-    if not Path(config.model).exists() and config.model == SampleConfig.model:
+    """One Voice for every model or adapter that is named; adapters share the weights of their base."""
+    if config.model == SampleConfig.model and not config.adapter and not Path(config.model).exists():
         raise UserError("--model=out: nothing is trained there yet; run python train.py first, or name a model")
-    stored = locate(config.model).parent / "prompt.json"
+    device, voices = pick_device(config.device), []
+    dtype = pick_dtype(config.dtype, device)
+    names = config.adapter.split(",") if config.adapter else config.model.split(",")
+    paths = [locate(name) for name in names]
+    specs = [stored_spec(path) for path in paths]
     if config.data_dir:
         meta = load_meta(config.data_dir)
-        spec = {**meta["prompt"], "encoding": meta["encoding"]}
-    else:
-        spec = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else None
-    encoding = get_encoding(spec["encoding"] if spec else "gpt2")
-    model = GPT.from_pretrained(config.model)
-    if model.config.vocab_size < encoding.n_vocab:
-        raise UserError(f"--model={config.model} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
-                        f"{encoding.n_vocab}: give the --data_dir that it was trained on")
-    device = pick_device(config.device)
-    return model.to(device, pick_dtype(config.dtype, device)).eval(), encoding, spec
+        specs = [{**meta["prompt"], "encoding": meta["encoding"]}] * len(names)
+    elif len(names) > 1:  # a plain model beside a trained one is asked in the trained one's words
+        specs = [spec or next(filter(None, specs), None) for spec in specs]
+    if config.adapter:
+        own = read_json(paths[0]).get("base_model_name_or_path", "").removeprefix("openai-community/")
+        base = GPT.from_pretrained(config.model if config.model != SampleConfig.model else own).to(device, dtype)
+    for name, path, spec in zip(names, paths, specs, strict=True):
+        if config.adapter:
+            shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+            model = shared.load_adapter(path.parent)
+        else:
+            model = GPT.from_pretrained(name).to(device, dtype)
+        encoding = get_encoding(spec["encoding"] if spec else "gpt2")
+        if model.config.vocab_size < encoding.n_vocab:
+            raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
+                            f"{encoding.n_vocab}: give the --data_dir that it was trained on")
+        voices.append(Voice(name, model.eval(), encoding, spec))
+    if config.system and any(voice.spec is None or voice.spec["template"] != "chat" for voice in voices):
+        raise UserError("--system: only the chat template has a system prompt")
+    return voices
 
+
+# ---- prompts and chat -----------------------------------------------------------------------------------------------
 
 def prompt_messages(text, given, spec):
     """What a person types, as the messages of a record that lacks its answer."""
@@ -89,69 +149,73 @@ def prompt_messages(text, given, spec):
     return to_messages(record, spec, answered=False)
 
 
-def stream(model, encoding, prompt, config, generator):
-    """Prints the answer to one prompt as it is made, whole characters only; returns its ids without the stop."""
+def stream(voice, prompt, config):
+    """Prints the answer to one prompt as it is made, whole characters only; returns its ids."""
     decoder, answer = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
-    for (token,) in model.generate([prompt], config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                   encoding.eot_token, encoding.n_vocab, generator):
-        if token != encoding.eot_token:
+    print(config.answer, end="", flush=True)
+    started = voice.encoding.encode_ordinary(config.answer)
+    for (token,) in voice.generate([prompt + started], config):
+        if token is not None:
             answer.append(token)
-            print(decoder.decode(encoding.decode_single_token_bytes(token)), end="", flush=True)
+            print(decoder.decode(voice.encoding.decode_single_token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True), flush=True)
-    return answer
+    return started + answer
 
 
-def prompt_ids(messages, encoding, spec):
-    """The ids that stand before the answer, by the renderer that made the training data; plain text without a spec."""
-    if spec is None:
-        return encoding.encode_ordinary(messages[-1][1]["content"]) or [encoding.eot_token]
-    return encode(render(messages, spec), encoding)[0]
+class Conversation:
+    """The turns so far, as token ids. The chat template keeps them, and the oldest whole turns are dropped when the
+    context is full; other templates answer every prompt by itself."""
+
+    def __init__(self, voice, system):
+        self.voice, self.system, self.exchanges = voice, [], []
+        self.keeps = voice.spec is not None and voice.spec["template"] == "chat" and not voice.spec["prompt_format"]
+        if self.keeps and system:
+            nothing = ("user", {"content": ""})
+            both = voice.prompt_ids([("system", {"content": system}), nothing])
+            self.system = both[:-len(voice.prompt_ids([nothing]))]
+
+    def reply(self, text, config):
+        turn, context = self.voice.prompt_ids(prompt_messages(text, config.input, self.voice.spec)), (
+            self.voice.model.config.block_size)
+        room, before = min(config.max_new_tokens, context // 4), len(self.exchanges)
+        while self.exchanges and len(self.system) + sum(map(len, self.exchanges)) + len(turn) + room > context:
+            self.exchanges.pop(0)
+        if len(self.exchanges) < before:
+            print(f"(the context is full: the oldest {before - len(self.exchanges)} turns are forgotten)")
+        answer = stream(self.voice, [*self.system, *chain.from_iterable(self.exchanges), *turn], config)
+        self.exchanges += [turn + answer] if self.keeps else []
 
 
-def chat(model, encoding, spec, config, generator):
-    """Answers prompts until the input ends. The chat template keeps the conversation, as token ids, and drops its
-    oldest turns when the context is full; other templates answer every prompt by itself."""
-    keeps = spec is not None and spec["template"] == "chat" and not spec["prompt_format"]
-    system, exchanges, context = [], [], model.config.block_size
-    if keeps and config.system:
-        nothing = ("user", {"content": ""})
-        system = prompt_ids([("system", {"content": config.system}), nothing], encoding, spec)
-        system = system[:-len(prompt_ids([nothing], encoding, spec))]
+def chat(voices, config):
+    """Answers prompts until the input ends."""
+    conversations = [Conversation(voice, config.system) for voice in voices]
     print("Type a prompt; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
     while True:
         try:
             text = input("> ")
         except EOFError:
-            print()
-            return
-        if not text.strip():
-            continue
-        turn = prompt_ids(prompt_messages(text, config.input, spec), encoding, spec)
-        dropped = len(exchanges)
-        while exchanges and len(system) + sum(map(len, exchanges)) + len(turn) + min(config.max_new_tokens,
-                                                                                     context // 4) > context:
-            exchanges.pop(0)
-        if dropped > len(exchanges):
-            print(f"(the context is full: the oldest {dropped - len(exchanges)} turns are forgotten)")
-        try:
-            answer = stream(model, encoding, [*system, *chain.from_iterable(exchanges), *turn], config, generator)
-        except UserError as error:
-            print(error)
-            continue
-        exchanges += [turn + answer] if keeps else []
+            return print()
+        for conversation in conversations if text.strip() else ():
+            print(f"{conversation.voice.name}: " * (len(voices) > 1), end="")
+            try:
+                conversation.reply(text, config)
+            except UserError as error:
+                print(error)
 
 
-def read_prompts(path, encoding, spec):
+# ---- files of records -----------------------------------------------------------------------------------------------
+
+def read_prompts(path, voice):
     """(records, prompts as ids, reference answers, None where a record has none) of a file."""
     records, prompts, references = [], [], []
     if not path.is_file():
         raise UserError(f"--file: {path} is not there; prepare_data.py leaves the held-out records in test.jsonl")
     for place, record in read_records(path, path.name):
         try:
-            messages, reference = to_messages(record, spec, answered=False), None
+            messages, reference = to_messages(record, voice.spec, answered=False), None
             if messages[-1][0] in ("assistant", "completion"):
                 reference = next(iter(messages.pop()[1].values()))
-            prompts.append(prompt_ids(messages, encoding, spec))
+            prompts.append(voice.prompt_ids(messages))
         except UserError as error:
             raise UserError(f"{path.name}, {place}: {error}") from None
         records.append(record)
@@ -159,57 +223,200 @@ def read_prompts(path, encoding, spec):
     return records, prompts, references
 
 
-def answer_file(model, encoding, spec, config, generator):
-    """Answers a file of records in batches, writes them with their responses and counts exact matches."""
-    records, prompts, references = read_prompts(Path(config.file), encoding, spec)
-    too_long = [i for i, prompt in enumerate(prompts) if len(prompt) > model.config.block_size]
-    if too_long:
-        print(f"{len(too_long)} of {len(prompts)} prompts are longer than the context of "
-              f"{model.config.block_size} tokens and get no response")
-    order = sorted(set(range(len(prompts))) - set(too_long), key=lambda i: len(prompts[i]))
-    responses, done, started = [None] * len(records), 0, time.perf_counter()
+def answer_all(voice, prompts, config):
+    """The answers to all prompts as texts, in batches of like length; None where a prompt is too long."""
+    context = voice.model.config.block_size
+    order = sorted((i for i in range(len(prompts)) if len(prompts[i]) <= context), key=lambda i: len(prompts[i]))
+    if len(order) < len(prompts):
+        print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens "
+              "and get no response")
+    responses, made, started = [None] * len(prompts), 0, time.perf_counter()
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
         ids = [[] for _ in batch]
-        for step in model.generate([prompts[i] for i in batch], config.max_new_tokens, config.temperature, config.top_k,
-                                   config.top_p, encoding.eot_token, encoding.n_vocab, generator):
+        for step in voice.generate([prompts[i] for i in batch], config):
             for answer, token in zip(ids, step, strict=True):
-                answer += [token] if token not in (None, encoding.eot_token) else []
+                answer += [token] if token is not None else []
         for i, answer in zip(batch, ids, strict=True):
-            responses[i] = encoding.decode(answer)
-            done += len(answer)
-        seconds = time.perf_counter() - started
-        status(f"{start + len(batch):,} of {len(order):,} answered, {done / seconds:,.0f} tokens/s",
+            responses[i] = voice.encoding.decode(answer)
+            made += len(answer)
+        rate = made / (time.perf_counter() - started)
+        status(f"{start + len(batch):,} of {len(order):,} answered, {rate:,.0f} tokens/s",
                end=start + len(batch) == len(order))
+    return responses
+
+
+def label_set(references, config, spec):
+    """The classes that the answers come from, as they are rendered; [] where the file is no classification."""
+    if config.labels:
+        names = NAME.findall(spec["response_format"])
+        return [fill(spec["response_format"], {names[0]: label.strip()}, "labels") if len(names) == 1 else label.strip()
+                for label in config.labels.split(",")]
+    labels = sorted({reference for reference in references if reference is not None})
+    return labels if 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references) else []
+
+
+def classify(voice, prompts, labels):
+    """The likeliest label for each prompt: highest log-probability summed over the label's tokens and its stop."""
+    answers, likeliest = [voice.encoding.encode_ordinary(label) + [voice.encoding.eot_token] for label in labels], []
+    room = voice.model.config.block_size + 1 - max(map(len, answers))
+    size = max(1, 64 // len(labels))
+    for start in range(0, len(prompts), size):  # a prompt that fills the context loses its beginning
+        scores = voice.model.log_likelihood([prompt[-room:] for prompt in prompts[start:start + size]], answers)
+        likeliest += [labels[i] for i in scores.argmax(1).tolist()]
+        status(f"{len(likeliest):,} of {len(prompts):,} classified", end=len(likeliest) == len(prompts))
+    return likeliest
+
+
+def interval(right, count):
+    """Wilson's 95 % confidence interval of a share."""
+    z, share = 1.96, right / count
+    middle, half = share + z * z / (2 * count), z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
+    return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+
+
+def confusion(pairs, labels):
+    """Prints, for (truth, prediction) pairs, how often each label was taken for which, and each label's recall."""
+    counts, width = Counter(pairs), max(8, *(len(label.strip()) + 1 for label in labels))
+    print("\n" + "truth \\ likeliest".ljust(18) + "".join(label.strip()[:width - 1].rjust(width) for label in labels)
+          + "recall".rjust(9))
+    for truth in labels:
+        row = [counts[truth, label] for label in labels]
+        recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
+        print(truth.strip()[:17].ljust(18) + "".join(str(n).rjust(width) for n in row) + recall.rjust(9))
+    right = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
+    print("precision".ljust(18) + "".join(f"{share:.0%}".rjust(width) for share in right) + "\n")
+
+
+def score(voice, responses, prompts, references, labels):
+    """The numbers that one voice reached on the records that hold an answer."""
+    scored = [i for i, reference in enumerate(references) if reference is not None]
+    exact = sum(responses[i] is not None and responses[i].strip() == references[i].strip() for i in scored)
+    result = {"records": len(prompts), "scored": len(scored), "exact": exact}
+    if labels:
+        known = {label.strip() for label in labels}
+        result["no_label"] = sum((responses[i] or "").strip() not in known for i in scored)
+        likeliest = classify(voice, [prompts[i] for i in scored], labels)
+        pairs = [(references[i], label) for i, label in zip(scored, likeliest, strict=True)]
+        result["likelihood"] = sum(truth.strip() == label.strip() for truth, label in pairs)
+        result["majority"] = Counter(truth for truth, _ in pairs).most_common(1)[0][1]
+        confusion(pairs, labels)
+    return result
+
+
+def answer_file(voices, config):
+    """Answers every record with every voice, writes the records with their responses, and scores them."""
+    results, written = {}, []
+    for voice in voices:
+        if voice.spec is None:
+            raise UserError(f"--file: {voice.name} has no template of its own; give --data_dir, which has one")
+        records, prompts, references = read_prompts(Path(config.file), voice)
+        if len(voices) > 1:
+            print(f"{voice.name}:")
+        responses = answer_all(voice, prompts, config)
+        written = written or [{**record} for record in records]
+        for record, response in zip(written, responses, strict=True):
+            record["response" if len(voices) == 1 else f"response of {voice.name}"] = response
+        results[voice.name] = score(voice, responses, prompts, references, label_set(references, config, voice.spec))
     with atomic_file(config.output) as file:
-        for record, response in zip(records, responses, strict=True):
-            file.write((json.dumps({**record, "response": response}, ensure_ascii=False) + "\n").encode())
-    scored = [(response, reference) for response, reference in zip(responses, references, strict=True)
-              if reference is not None]
-    exact = sum(response is not None and response.strip() == reference.strip() for response, reference in scored)
+        for record in written:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
     print(f"wrote {config.output}")
-    if scored:
-        print(f"exact match {exact}/{len(scored)} ({exact / len(scored):.1%})".replace("%", " %"))
-    return {"records": len(records), "scored": len(scored), "exact": exact}
+
+    def percent(part, whole):
+        return f"{part}/{whole} ({part / whole:.1%})".replace("%", " %")
+    for name, result in results.items():
+        if not result["scored"]:
+            break
+        line = f"{name}: " * (len(voices) > 1)
+        if "likelihood" in result:
+            low, high = interval(result["likelihood"], result["scored"])
+            print(f"{line}no known label {percent(result['no_label'], result['scored'])}; likeliest label right "
+                  f"{percent(result['likelihood'], result['scored'])}, 95 % interval {low:.1%} to {high:.1%}; "
+                  f"always the commonest {percent(result['majority'], result['scored'])}")
+        print(f"{line}exact match {percent(result['exact'], result['scored'])}")
+    return results if len(voices) > 1 else results[voices[0].name]
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+def tokenizer_files(encoding):
+    """GPT-2's vocab.json and merges.txt, recovered from tiktoken's ranks: the two parts of a token are what byte-pair
+    encoding leaves of its bytes when it may use earlier ranks alone."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letter = {byte: chr(byte) for byte in visible}
+    letter.update({byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letter)})
+
+    def spell(token):
+        return "".join(letter[byte] for byte in token)
+    ranks, merges = encoding._mergeable_ranks, []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            place = pairs.index(min(pairs))
+            parts[place:place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append(f"{spell(parts[0])} {spell(parts[1])}")
+    vocabulary = {spell(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": encoding.eot_token}
+    return json.dumps(vocabulary, ensure_ascii=False), "#version: 0.2\n" + "\n".join(merges) + "\n"
+
+
+def chat_template(spec):
+    """The spec's wording as a Jinja template for transformers; None where it needs several columns."""
+    columns = NAME.findall(spec["prompt_format"])
+    if spec["template"] == "text" or len(columns) > 1:
+        return None
+    if columns or spec["template"] == "alpaca":
+        mark = "\0"
+        wording = spec["prompt_format"].replace(f"{{{columns[0]}}}", mark, 1) if columns else alpaca_prompt(mark, "")
+        before, after = (json.dumps(part) for part in wording.split(mark))
+        return (f"{{{{ {before} }}}}{{{{ messages[0]['content'] }}}}{{{{ {after} }}}}"
+                "{% if messages|length > 1 %}{{ messages[1]['content'] + '<|endoftext|>' }}{% endif %}")
+    return ("{% for m in messages %}{{ '<|endoftext|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+            "{{ '<|endoftext|>' }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
+
+
+def export(voice, directory):
+    """Writes weights (LoRA merged), configurations and, for GPT-2's encoding, the tokenizer, for transformers."""
+    directory, stop = Path(directory), voice.encoding.eot_token
+    voice.model.merge_lora().save_pretrained(directory)
+    files = {"generation_config.json": json.dumps({"eos_token_id": stop, "bos_token_id": stop, "pad_token_id": stop})}
+    if voice.spec:
+        files["prompt.json"] = json.dumps(voice.spec, indent=1)
+    if voice.encoding.name == "gpt2":
+        files["vocab.json"], files["merges.txt"] = tokenizer_files(voice.encoding)
+        template = chat_template(voice.spec) if voice.spec else None
+        special = {f"{name}_token": "<|endoftext|>" for name in ("bos", "eos", "unk", "pad")}
+        files["tokenizer_config.json"] = json.dumps({
+            "tokenizer_class": "GPT2Tokenizer", "model_max_length": voice.model.config.block_size,
+            "add_prefix_space": False, **special, **({"chat_template": template} if template else {})}, indent=1)
+    for name, text in files.items():
+        with atomic_file(directory / name) as file:
+            file.write(text.encode())
+    print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
 
 def main(config):
-    """Answers config.prompt, config.file or a chat; returns the answers' texts, or the score of a file."""
-    model, encoding, spec = load(config)
-    if config.system and (spec is None or spec["template"] != "chat"):
-        raise UserError("--system: only the chat template has a system prompt")
-    generator = torch.Generator(model.wte.weight.device).manual_seed(config.seed)
+    """Answers config.prompt, config.file or a chat, or exports; returns the answers' texts or a file's scores."""
+    voices = load(config)
+    if config.export:
+        if len(voices) > 1:
+            raise UserError("--export writes one model; name one")
+        return export(voices[0], config.export)
     if config.file:
-        if spec is None:
-            raise UserError(f"--file: {config.model} has no template of its own; give --data_dir, which has one")
-        return answer_file(model, encoding, spec, config, generator)
+        return answer_file(voices, config)
     if not config.prompt:
-        return chat(model, encoding, spec, config, generator)
-    messages = prompt_messages(config.prompt, config.input, spec)
-    if config.system:
-        messages = [("system", {"content": config.system}), *messages]
-    prompt = prompt_ids(messages, encoding, spec)
-    return [encoding.decode(stream(model, encoding, prompt, config, generator)) for _ in range(config.num_samples)]
+        return chat(voices, config)
+    answers = []
+    for voice in voices:
+        messages = prompt_messages(config.prompt, config.input, voice.spec)
+        prompt = voice.prompt_ids([("system", {"content": config.system})] * bool(config.system) + messages)
+        for number in range(config.num_samples):
+            print(f"{voice.name}: " * (len(voices) > 1), end="")
+            seeded = dataclasses.replace(config, seed=config.seed + number)
+            answers.append(voice.encoding.decode(stream(voice, prompt, seeded)))
+    return answers
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ import numpy as np
 import torch
 
 from config import UserError, given, require, run
-from model import GPT, IGNORE, SIZES, GPTConfig, atomic_file, optimizer_groups
+from model import GPT, IGNORE, SIZES, GPTConfig, atomic_file, locate, optimizer_groups
 from prepare_data import FORMAT_VERSION as DATA_VERSION
-from prepare_data import START, SUPERVISED, get_encoding
+from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of
 
 FORMAT_VERSION = 1  # of ckpt.pt
-RESULTS = ("ckpt.pt", "log.csv", "loss.png", "best", "last")  # what a run leaves in its out_dir
+RESULTS = ("ckpt.pt", "log.csv", "loss.png", "forget.csv", "best", "last")  # what a run leaves in its out_dir
 COLUMNS = ["step", "epoch", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
            "seconds"]
 
@@ -49,6 +49,10 @@ class TrainConfig:
     n_head: int = 4  # from scratch: attention heads
     n_embd: int = 128  # from scratch: width
     dropout: float = 0.0  # probability of dropping an activation
+    lora_rank: int = 0  # train a LoRA adapter of this rank over frozen weights; 0 = train all weights
+    lora_alpha: float = 16.0  # the adapter's update is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # probability of dropping an input of the adapter
+    lora_targets: str = "c_attn,c_proj,c_fc"  # layers that get one: attention in and out, MLP in and out
     # batches and length
     batch_size: int = 8  # examples in an optimizer step
     micro_batch_tokens: int = 0  # tokens in one forward pass, rows x longest: memory, never the result; 0 = by device
@@ -57,7 +61,7 @@ class TrainConfig:
     max_steps: int = 0  # stop after this many optimizer steps; 0 = no limit
     max_minutes: float = 0  # stop in time, learning rate at its end; 0 = no limit
     # optimizer
-    learning_rate: float = 0  # peak; 0 = 5e-5 for fine-tuning, 2e-3 from scratch
+    learning_rate: float = 0  # peak; 0 = 5e-5 for fine-tuning, 2e-4 for LoRA, 2e-3 from scratch
     min_lr: float = 0  # where the learning rate ends
     lr_schedule: str = "cosine"  # cosine | linear | constant, after the warm-up
     warmup_steps: int = 0  # steps of linear warm-up; 0 = by warmup_ratio
@@ -69,6 +73,7 @@ class TrainConfig:
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
     save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, two minutes apart; 0 = only at the end
+    forget_text: str = ""  # a file of ordinary text, watched while fine-tuning; '' = a bundled one, none = no watch
     log_interval: int = 0  # steps between log lines; 0 = about fifty a run
     # machine
     device: str = ""  # cpu | cuda | cuda:1 | mps; '' = the best there is
@@ -87,10 +92,11 @@ class TrainConfig:
         require(**{name: below(name, 1) for name in ("n_layer", "n_head", "n_embd", "batch_size")},
                 **{name: below(name, 0) for name in (
                     "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate",
-                    "min_lr", "warmup_steps", "weight_decay", "grad_clip", "log_interval")},
+                    "min_lr", "warmup_steps", "weight_decay", "grad_clip", "log_interval", "lora_rank",
+                    "lora_alpha")},
                 **{name: below(name, -1) for name in ("eval_interval", "save_interval")},
                 **{name: not 0 <= getattr(self, name) < 1 and f"{getattr(self, name)} is not in [0, 1)"
-                   for name in ("dropout", "warmup_ratio", "beta1", "beta2")},
+                   for name in ("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2")},
                 lr_schedule=none_of("lr_schedule", "cosine", "linear", "constant"),
                 dtype=none_of("dtype", "auto", "float32", "bfloat16", "float16", "float64"),
                 compile=none_of("compile", "auto", "on", "off"))
@@ -98,7 +104,8 @@ class TrainConfig:
 
 # what --resume may change; everything else decides which numbers come out
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens", "epochs", "max_steps", "max_minutes",
-              "eval_interval", "save_interval", "log_interval", "device", "compile", "gradient_checkpointing"}
+              "eval_interval", "save_interval", "log_interval", "forget_text", "device", "compile",
+              "gradient_checkpointing"}
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -188,19 +195,22 @@ def check_data(meta, checkpoint, data_dir, out_dir):
 # ---- model, precision and schedule ----------------------------------------------------------------------------------
 
 def build_model(config, meta, checkpoint):
-    """(model, where it came from): the checkpoint's, or the one that --init_from names, checked against the data."""
-    if checkpoint:
+    """(model, base): the checkpoint's, or the one that --init_from names, checked against the data. `base` tells what
+    training began with: its name or path and, under LoRA, which stores no weights of its own, its sha256."""
+    if checkpoint and not config.lora_rank:
         model = GPT(GPTConfig(**checkpoint["model_config"]))
         model.load_state_dict(checkpoint["model"])
-        return model, checkpoint["init_from"]
+        return model, checkpoint["base"]
     init_from = config.init_from or ("gpt2" if meta["encoding"] == "gpt2" else "scratch")
     if init_from == "scratch":
+        if config.lora_rank:
+            raise UserError("--lora_rank needs weights to adapt: name them with --init_from")
         return GPT(GPTConfig(meta["block_size"], meta["vocab_size"], config.n_layer, config.n_head, config.n_embd,
-                             config.dropout)), init_from
+                             config.dropout)), {"name": init_from}
     if init_from in SIZES and meta["encoding"] != "gpt2":
         raise UserError(f"--init_from={init_from} needs GPT-2's encoding, {config.data_dir} is in {meta['encoding']}: "
                         "prepare it with --encoding=gpt2, or train with --init_from=scratch")
-    model = GPT.from_pretrained(init_from, config.dropout)
+    model, base = GPT.from_pretrained(init_from, config.dropout).merge_lora(), {"name": init_from}
     if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 128:  # some pad it for speed
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: prepare the data with the model's encoding")
@@ -208,7 +218,24 @@ def build_model(config, meta, checkpoint):
         context = model.config.block_size
         raise UserError(f"--init_from={init_from} has a context of {context} tokens, the longest example "
                         f"{meta['train']['longest']}: prepare the data with --block_size={context}")
-    return model, init_from
+    if config.lora_rank:
+        path = locate(init_from)
+        if path.name == "adapter_config.json":
+            raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
+                            f"python sample.py --model={init_from} --export=DIRECTORY")
+        base["sha256"] = sha256_of(path)
+        if checkpoint and checkpoint["base"] != base:
+            raise UserError(f"--resume: {path} is not the file that this adapter was begun on; put the old one back")
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","))
+        if not any(p.requires_grad for p in model.parameters()):
+            raise UserError(f"--lora_targets={config.lora_targets} names no layer; GPT-2's are c_attn, c_proj, c_fc")
+        model.load_state_dict(checkpoint["model"] if checkpoint else {}, strict=False)
+    return model, base
+
+
+def trainable(model):
+    """The parameters that training changes, by name: all, or under LoRA the adapter's."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def clear(out_dir):
@@ -274,6 +301,35 @@ def evaluate(model, shards, budget, device):
         supervised += int((targets != IGNORE).sum())
     model.train()
     return loss / supervised
+
+
+class Forgetting:
+    """Bits per byte of a piece of ordinary text: what fine-tuning costs elsewhere. forget.csv keeps them."""
+
+    def __init__(self, config, base, encoding, out_dir, step):
+        bundled = "none" if base["name"] == "scratch" else Path(__file__).parent / "data" / "forget.txt"
+        self.text, self.path, self.rows = "", out_dir / "forget.csv", []
+        if (path := str(config.forget_text or bundled)) != "none":
+            self.text = Path(path).read_text(encoding="utf-8", errors="replace")
+            self.ids = [encoding.eot_token, *encoding.encode_ordinary(self.text)]
+            self.rows = [row for row in read_rows(self.path) if int(row["step"]) <= step]
+
+    @torch.no_grad()
+    def measure(self, model, step):
+        """Measures, writes forget.csv and returns what to print; '' where there is no text."""
+        if not self.text:
+            return ""
+        device, loss = model.wte.weight.device, 0.0
+        model.eval()
+        for ids, _ in blocks([self.ids], model.config.block_size):
+            ids = torch.tensor(ids, device=device)
+            loss += model(ids[None, :-1], ids[None, 1:]).item()
+        model.train()
+        bits = loss / math.log(2) / len(self.text.encode())
+        self.rows.append({"step": step, "bits_per_byte": f"{bits:.6f}"})
+        write_rows(self.path, self.rows)
+        return f", ordinary text {bits:.3f} bits per byte" + (
+            f" ({float(self.rows[0]['bits_per_byte']):.3f} before)" if len(self.rows) > 1 else "")
 
 
 class Samples:
@@ -355,18 +411,19 @@ def resumed(config, saved, out_dir):
     return TrainConfig(**{**saved, **flags, "resume": True, "overwrite": False})
 
 
-def open_log(path, step):
-    """log.csv, opened to go on after `step`: rows past it, which a resumed run writes again, are cut."""
-    rows = []
-    if step and path.exists():
-        with open(path, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["step"] and int(row["step"]) <= step]
-    file = open(path, "w", newline="")
-    log = csv.DictWriter(file, COLUMNS)
-    log.writeheader()
-    log.writerows(rows)
-    file.flush()
-    return file, log
+def read_rows(path):
+    """The rows of a CSV file as dicts; none where there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def plot(out_dir):
@@ -377,8 +434,7 @@ def plot(out_dir):
         return
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
-    with open(out_dir / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(out_dir / "log.csv")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     steps = [int(row["step"]) for row in rows]
@@ -459,8 +515,8 @@ class Plan(NamedTuple):
     budget: int  # tokens in one forward pass
 
     @classmethod
-    def of(cls, config, init_from, lengths, device):
-        scratch, longest = init_from == "scratch", int(lengths.max())
+    def of(cls, config, base, lengths, device):
+        scratch, longest = base["name"] == "scratch", int(lengths.max())
         epoch = math.ceil(len(lengths) / config.batch_size)
         total = math.ceil((config.epochs or (8 if scratch else 2)) * epoch)
         if config.max_steps:
@@ -472,7 +528,7 @@ class Plan(NamedTuple):
         return cls(total, epoch, config.warmup_steps or round(config.warmup_ratio * total), eval_interval,
                    eval_interval if config.save_interval < 0 else config.save_interval or total,
                    config.log_interval or math.ceil(total / 50),
-                   config.learning_rate or (2e-3 if scratch else 5e-5), budget)
+                   config.learning_rate or (2e-3 if scratch else 2e-4 if config.lora_rank else 5e-5), budget)
 
 
 def open_run(config):
@@ -487,11 +543,17 @@ def open_run(config):
     return config, None
 
 
-def save_weights(model, directory, meta):
-    """Hugging Face's layout, and the prompt's wording, so that the directory can be moved alone."""
-    model.save_pretrained(directory)
+def save_weights(model, directory, meta, base):
+    """Hugging Face's layout or, under LoRA, PEFT's; with the prompt's wording, so that it can be moved alone."""
+    if "sha256" in base:
+        path = locate(base["name"])
+        model.save_adapter(directory, f"openai-community/{base['name']}" if base["name"] in SIZES else str(
+            (path.parent if (path.parent / "config.json").exists() else path).resolve()))
+    else:
+        model.save_pretrained(directory)
     with atomic_file(directory / "prompt.json") as file:
-        file.write(json.dumps({**meta["prompt"], "encoding": meta["encoding"]}, indent=1).encode())
+        file.write(json.dumps({**meta["prompt"], "encoding": meta["encoding"],
+                               **{f"base_{name}": value for name, value in base.items()}}, indent=1).encode())
 
 
 def main(config):
@@ -503,10 +565,13 @@ def main(config):
     device = pick_device(config.device)
     dtype = getattr(torch, checkpoint["dtype"]) if checkpoint else pick_dtype(config.dtype, device)
     train, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
-    model, init_from = build_model(config, meta, checkpoint)
+    model, base = build_model(config, meta, checkpoint)
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     model.compute_dtype, model.gradient_checkpointing = dtype, config.gradient_checkpointing
-    plan = Plan.of(config, init_from, train.lengths, device)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:  # frozen weights need no more precision than they are used in
+            parameter.data = parameter.data.to(dtype)
+    plan = Plan.of(config, base, train.lengths, device)
     optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=plan.learning_rate,
                                   betas=(config.beta1, config.beta2), fused=device.type != "mps")
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -522,20 +587,26 @@ def main(config):
         del checkpoint
     else:
         clear(out_dir)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    print(f"{init_from}: {sum(p.numel() for p in model.parameters()) / 1e6:,.1f} M parameters, {str(dtype)[6:]} "
-          f"activations on {device}\n{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
+    parameters, total = trainable(model), sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in parameters.values())
+    print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
+          + f"{learned / 1e6:,.2f} M of them trainable ({learned / total:.2%}), " * (learned < total)
+          + f"{str(dtype)[6:]} activations on {device}\n"
+          f"{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
           f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}", flush=True)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
     budget = warm_up(model, compiled, train, config.batch_size, plan.budget, device)
-    samples = Samples(val if len(val) else train, get_encoding(meta["encoding"]))
+    encoding = get_encoding(meta["encoding"])
+    samples = Samples(val if len(val) else train, encoding)
+    forgetting = Forgetting(config, base, encoding, out_dir, first_step)
     if first_step == 0:
-        samples.show(model, "before training")
+        samples.show(model, "before training" + forgetting.measure(model, 0))
 
     step, limit, skipped, train_loss, val_loss = first_step, 60 * config.max_minutes, 0, math.nan, math.nan
     started, began, saved = time.perf_counter() - elapsed, elapsed, elapsed
-    log_file, log = open_log(out_dir / "log.csv", step)
-    with Interrupt() as interrupt, log_file:
+    write_rows(out_dir / "log.csv", [row for row in read_rows(out_dir / "log.csv") if int(row["step"]) <= step])
+    with Interrupt() as interrupt, open(out_dir / "log.csv", "a", newline="", encoding="utf-8") as log_file:
+        log = csv.DictWriter(log_file, COLUMNS)
         while step < plan.total and not interrupt.signum and not (limit and elapsed >= limit):
             step_started = time.perf_counter()
             progress = max(step / plan.total, elapsed / limit if limit else 0)
@@ -550,7 +621,7 @@ def main(config):
             supervised = sum(int((targets != IGNORE).sum()) for _, targets, _ in batches)
             total = gradients(model, scaler, batches, supervised, device)
             scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or math.inf).item()
             if math.isfinite(grad_norm) or scaler.is_enabled():  # the scaler itself skips what overflowed
                 scaler.step(optimizer)
             scaler.update()
@@ -572,11 +643,11 @@ def main(config):
                     val_loss = evaluate(model, val, budget, device)
                     row["val_loss"] = f"{val_loss:.8g}"
                 better = val_loss < best_val_loss or not len(val)  # NaN is never better
-                samples.show(model, f"step {step:,}" + f", validation loss {val_loss:.4f}" * bool(len(val))
-                             + ", the best so far" * better)
+                reached = f", validation loss {val_loss:.4f}" * bool(len(val)) + ", the best so far" * better
+                samples.show(model, f"step {step:,}{reached}{forgetting.measure(model, step)}")
                 if better:
                     best_val_loss = val_loss
-                    save_weights(model, out_dir / "best", meta)
+                    save_weights(model, out_dir / "best", meta, base)
             log.writerow(row)
             log_file.flush()
             if skipped == 10:
@@ -586,15 +657,15 @@ def main(config):
             if not skipped and (last or interrupt.signum or due):
                 saved = elapsed
                 save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config), data=identity(meta),
-                                model_config=vars(model.config), init_from=init_from, dtype=str(dtype)[6:],
-                                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                                model_config=vars(model.config), base=base, dtype=str(dtype)[6:],
+                                model=trainable(model), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                 best_val_loss=best_val_loss, elapsed=elapsed, crc=crc, total_steps=plan.total)
                 plot(out_dir)
     if interrupt.signum:
         print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
               + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
         sys.exit(128 + interrupt.signum)
-    save_weights(model, out_dir / "last", meta)
+    save_weights(model, out_dir / "last", meta, base)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))

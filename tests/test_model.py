@@ -368,3 +368,14 @@ def test_offline_says_so_and_an_older_cache_is_used(hub, monkeypatch, tmp_path):
     (snapshot / "model.safetensors").write_bytes((tmp_path / "remote" / "model.safetensors").read_bytes())
     assert load_small_gpt2(monkeypatch).wte.weight.shape == (50257, 64)
     assert hub.requests == []
+
+
+def test_the_likelihood_of_answers_is_that_of_the_whole_texts():
+    model, answers = varied(), [[5, 6, 7], [8], [5, 9]]
+    prompts = [*PROMPTS, [7] * 61]  # the last leaves just enough room
+    found = model.log_likelihood(prompts, answers)
+    for row, prompt in enumerate(prompts):
+        for column, answer in enumerate(answers):
+            logs = model(torch.tensor([prompt + answer]))[0].log_softmax(-1)
+            expected = sum(logs[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+            assert found[row, column].item() == pytest.approx(expected, abs=1e-4)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from conftest import randomise, tiny
 
 import sample
@@ -197,3 +198,95 @@ def test_bfloat16_weights_follow_float32():
     model, idx = tiny().eval(), torch.arange(50)[None]
     exact, half = model(idx), model.bfloat16()(idx)
     assert half.dtype == torch.float32 and (half - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_half_written_answer_is_gone_on_with(tmp_path, heard, capsys):
+    heard.say([*b" ends", STOP])
+    assert sample.main(SampleConfig(model=saved(tmp_path, SPECS["chat"]), prompt="x", answer="It", device="cpu")) == [
+        "It ends"]
+    assert bytes(heard[0][-12:]) == b"assistant\nIt" and capsys.readouterr().out == "It ends\n"
+
+
+# ---- classification -------------------------------------------------------------------------------------------------
+
+def labelled(tmp_path, counts):
+    records = [{"title": f"t{n}", "abstract": "x", "label": label} for label, count in counts.items()
+               for n in range(count)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(tmp_path / "r.jsonl")
+
+
+def test_a_file_with_few_answers_is_scored_as_classification(tmp_path, monkeypatch, capsys):
+    model, file = saved(tmp_path / "m", SPECS["two"]), labelled(tmp_path, {"cat": 6, "dog": 3, "owl": 1})
+    order = ["cat", "dog", "owl"]
+    monkeypatch.setattr(GPT, "log_likelihood", lambda self, prompts, answers: torch.tensor(
+        [[2.0 if bytes(a[:-1]) == b"dog" and b"t0" in bytes(p) else 1.0 if bytes(a[:-1]) == b"cat" else 0.0
+          for a in answers] for p in prompts]))
+    result = sample.main(SampleConfig(model=model, file=file, output=str(tmp_path / "a"), max_new_tokens=2,
+                                      device="cpu"))
+    assert result == {"records": 10, "scored": 10, "exact": 0, "no_label": 10, "likelihood": 6, "majority": 6}
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("truth"))
+    table = [line.split() for line in lines[first:first + 5]]
+    assert table[0][-4:] == [*order, "recall"]
+    assert table[1:4] == [["cat", "5", "1", "0", "83%"], ["dog", "2", "1", "0", "33%"], ["owl", "0", "1", "0", "0%"]]
+    assert table[4] == ["precision", "71%", "33%", "0%"]
+    assert "likeliest label right 6/10 (60.0 %), 95 % interval 31.3% to 83.2%" in out
+    assert out.splitlines()[-1] == "exact match 0/10 (0.0 %)"
+
+
+def test_labels_can_be_named_and_models_stand_side_by_side(tmp_path, capsys):
+    one, two = saved(tmp_path / "one", SPECS["two"]), saved(tmp_path / "two", SPECS["two"], seed=4)
+    file = labelled(tmp_path, {"cat": 2, "dog": 2})
+    flags = dict(file=file, labels="cat,dog,emu", output=str(tmp_path / "a"), max_new_tokens=2, device="cpu")
+    both = sample.main(SampleConfig(model=f"{one},{two}", **flags))
+    out = capsys.readouterr().out
+    assert "emu" in out and f"{two}: exact match" in out
+    assert both == {name: sample.main(SampleConfig(model=name, **flags)) for name in (one, two)}
+    record = json.loads((tmp_path / "a").read_text().splitlines()[0])
+    assert set(record) == {"title", "abstract", "label", "response"}
+
+
+def test_free_text_answers_are_no_classification(tmp_path, capsys):
+    source = tmp_path / "r.jsonl"
+    source.write_text("".join(json.dumps({"instruction": f"q{n}", "output": f"answer {n}"}) + "\n" for n in range(9)))
+    result = sample.main(SampleConfig(model=saved(tmp_path / "m", SPECS["chat"]), file=str(source), max_new_tokens=2,
+                                      output=str(tmp_path / "a"), device="cpu"))
+    assert "likelihood" not in result and "truth" not in capsys.readouterr().out
+
+
+def test_wilsons_interval_is_the_textbooks():
+    assert sample.interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert sample.interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+# ---- export ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "one"])
+def test_an_export_loads_in_transformers_with_the_same_logits_and_prompt_ids(template, tmp_path, gpt2_encoding):
+    spec = {**SPECS[template], "encoding": "gpt2"}
+    ours = tiny(vocab_size=50257, block_size=256)
+    ours.save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "prompt.json").write_text(json.dumps(spec))
+    sample.main(SampleConfig(model=str(tmp_path / "m"), export=str(tmp_path / "e"), device="cpu", dtype="float32"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "e")
+    for text in ("Name it.", "  naïve  日本 🙂\n\n\ttabs, don't 12345", "a" * 50, 'say "x" \\ {y} {{z}}'):
+        column = {"one": {"question": text}, "alpaca": {"instruction": text}, "chat": {"instruction": text}}[template]
+        prompt = encode(render(to_messages(column, spec, answered=False), spec), gpt2_encoding)[0]
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                            return_dict=False)
+        assert list(ids) == prompt
+        idx = torch.tensor([prompt])
+        with torch.no_grad():
+            assert torch.allclose(theirs(idx).logits, ours.eval()(idx), atol=1e-4)
+    assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 50256
+    assert sample.load(SampleConfig(model=str(tmp_path / "e")))[0].spec == spec
+
+
+def test_the_recovered_merges_are_openais(gpt2_encoding):
+    vocabulary, merges = sample.tokenizer_files(gpt2_encoding)
+    lines = merges.splitlines()
+    assert len(json.loads(vocabulary)) == 50257 and len(lines) == 50001
+    assert lines[:4] == ["#version: 0.2", "Ġ t", "Ġ a", "h e"] and lines[-1] == "Ġg azed"

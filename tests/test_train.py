@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -87,8 +88,8 @@ def test_accumulation_does_not_matter(data):
 
 def plain_loop(model, shards, steps, batch_size, seed, schedule, weight_decay, clip):
     """The same training in the plainest way: transformers' model, padding, one mean over the step, torch's AdamW."""
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
+    others = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     losses = []
@@ -103,7 +104,7 @@ def plain_loop(model, shards, steps, batch_size, seed, schedule, weight_decay, c
         logits = model(ids, attention_mask=mask).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        norm = torch.nn.utils.clip_grad_norm_([*decay, *others], clip)
         assert norm > clip  # or the clipping would not be tested
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
@@ -263,22 +264,27 @@ def test_where_compiling_fails_the_run_goes_on_in_eager(fit, monkeypatch, capsys
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
+@contextmanager
+def stop_after(steps):
+    """SIGINT while step `steps` runs."""
+    real, calls = train.gradients, [0]
+
+    def counted(*args):
+        calls[0] += 1
+        if calls[0] == steps + 1:  # the first call is the warm-up
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "gradients", counted)
+        yield
+
+
 @pytest.mark.parametrize("stop", [1, 3, 4, 5])
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(stop, fit, tmp_path):
     flags = dict(dropout=0.1, epochs=3, max_steps=0, max_examples=9, save_interval=1)
     straight = fit("straight", **flags)
-    with pytest.MonkeyPatch.context() as patch:
-        real = train.gradients
-        count = [0]
-
-        def counted(model, scaler, batches, supervised, device):
-            count[0] += 1
-            if count[0] == stop + 1:  # the first call is the warm-up
-                os.kill(os.getpid(), signal.SIGINT)
-            return real(model, scaler, batches, supervised, device)
-        patch.setattr(train, "gradients", counted)
-        with pytest.raises(SystemExit) as left:
-            fit("parts", **flags)
+    with stop_after(stop), pytest.raises(SystemExit) as left:
+        fit("parts", **flags)
     assert left.value.code == 130
     assert checkpoint(tmp_path / "parts")["step"] == stop
     resumed = fit("parts", resume=True)
