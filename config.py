@@ -63,14 +63,8 @@ def parse_config(config_class, argv=None):
         refuse(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}: "
                + (f"did you mean --{close[0]}?" if close else "--help lists the flags"))
     config = config_class(**vars(flags))
-    object.__setattr__(config, "given", frozenset(vars(flags)))  # what --resume may not silently ignore
+    object.__setattr__(config, "given", frozenset(vars(flags)))  # the flags that were set
     return config
-
-
-def given(config):
-    """The names of the flags that were set: on the command line, or, for a config made in Python, off their default."""
-    different = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != f.default}
-    return getattr(config, "given", different)
 
 
 def run(main, config_class):
@@ -89,11 +83,3 @@ def run(main, config_class):
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-
-
-def status(line, end=False):
-    """One progress line that is drawn over in a terminal; in a log file only the last one (`end`) is printed."""
-    if sys.stdout.isatty():
-        print(f"\r{line}\033[K", end="\n" if end else "", flush=True)
-    elif end:
-        print(line, flush=True)

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, require, run, status
+from config import UserError, require, run
 
 FORMAT_VERSION = 1
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
@@ -395,6 +395,14 @@ class ShardWriter:
     def counts(self):
         return {"examples": self.examples, "tokens": self.tokens, "supervised_tokens": self.supervised,
                 "longest": self.longest, "shards": self.shards}
+
+
+def status(line, end=False):
+    """One progress line that is drawn over in a terminal; in a log file only the last one (`end`) is printed."""
+    if sys.stdout.isatty():
+        print(f"\r{line}\033[K", end="\n" if end else "", flush=True)
+    elif end:
+        print(line, flush=True)
 
 
 # ---- the whole job --------------------------------------------------------------------------------------------------

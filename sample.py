@@ -18,9 +18,20 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, require, run, status
+from config import UserError, require, run
 from model import GPT, atomic_file, locate, read_json
-from prepare_data import NAME, alpaca_prompt, encode, fill, get_encoding, read_records, render, sha256_of, to_messages
+from prepare_data import (
+    NAME,
+    alpaca_prompt,
+    encode,
+    fill,
+    get_encoding,
+    read_records,
+    render,
+    sha256_of,
+    status,
+    to_messages,
+)
 from train import load_meta, pick_device, pick_dtype
 
 
@@ -304,6 +315,29 @@ def score(voice, responses, prompts, references, labels):
     return result
 
 
+def percent(part, whole):
+    return f"{part}/{whole} ({100 * part / whole:.1f} %)"
+
+
+def summary(results):
+    """Prints what each voice reached, a row each, and the last one's exact matches once more, in a line of its own."""
+    table = [["", "exact match"]]
+    for name, result in results.items():
+        count = result["scored"]
+        table.append([name, percent(result["exact"], count)])
+        if "likelihood" in result:
+            low, high = interval(result["likelihood"], count)
+            table[0][2:] = ["no known label", "likeliest label right", "95 % interval", "always the commonest"]
+            table[-1] += [percent(result["no_label"], count), percent(result["likelihood"], count),
+                          f"{100 * low:.1f} to {100 * high:.1f} %", percent(result["majority"], count)]
+    if len(results) > 1 or len(table[0]) > 2:
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        for row in table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in table[-1:] if results else ():
+        print(f"exact match {line[1]}")
+
+
 def answer_file(voices, config):
     """Answers every record with every voice, writes the records with their responses, and scores them."""
     results, written = {}, []
@@ -323,18 +357,7 @@ def answer_file(voices, config):
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
     print(f"wrote {config.output}")
 
-    def percent(part, whole):
-        return f"{part}/{whole} ({part / whole:.1%})".replace("%", " %")
-    for name, result in results.items():
-        if not result["scored"]:
-            break
-        line = f"{name}: " * (len(voices) > 1)
-        if "likelihood" in result:
-            low, high = interval(result["likelihood"], result["scored"])
-            print(f"{line}no known label {percent(result['no_label'], result['scored'])}; likeliest label right "
-                  f"{percent(result['likelihood'], result['scored'])}, 95 % interval {low:.1%} to {high:.1%}; "
-                  f"always the commonest {percent(result['majority'], result['scored'])}")
-        print(f"{line}exact match {percent(result['exact'], result['scored'])}")
+    summary({name: result for name, result in results.items() if result["scored"]})
     return results if len(voices) > 1 else results[voices[0].name]
 
 

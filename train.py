@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import UserError, given, require, run
+from config import UserError, require, run
 from model import GPT, IGNORE, SIZES, GPTConfig, atomic_file, locate, optimizer_groups
 from prepare_data import FORMAT_VERSION as DATA_VERSION
 from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of
@@ -402,7 +402,9 @@ def load_checkpoint(path):
 
 def resumed(config, saved, out_dir):
     """The checkpoint's config with those of this command line's flags that may change."""
-    flags = {name: getattr(config, name) for name in given(config)}
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    given = getattr(config, "given", {name for name in default if getattr(config, name) != default[name]})
+    flags = {name: getattr(config, name) for name in given}
     fixed = [f"--{name}={value} (it ran with {saved[name]})" for name, value in flags.items()
              if name not in MAY_CHANGE and value != saved[name]]
     if fixed:
