@@ -339,19 +339,20 @@ def test_time_ends_a_run_with_the_learning_rate_at_its_end(fit, tmp_path, monkey
 
 # ---- the three scripts ----------------------------------------------------------------------------------------------
 
-def test_eight_examples_come_out_word_for_word(fit, tmp_path, prepare, capsys):
+def test_eight_examples_come_out_word_for_word(fit, tmp_path, data, capsys):
     """prepare, train and sample end to end: overfitted answers are exact, and the model stops by itself."""
-    data = prepare(colour_records(8), val_fraction=0, test_fraction=0)
-    result = fit(data_dir=str(data), max_steps=150, batch_size=8, learning_rate=5e-3, n_embd=64, eval_interval=0,
-                 init_from="scratch")
+    result = fit(max_examples=8, max_steps=150, batch_size=8, learning_rate=5e-3, n_embd=64, eval_interval=0)
     assert result["train_loss"] < 0.01
-    (tmp_path / "all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in colour_records(8)))
-    score = sample.main(sample.SampleConfig(model=str(tmp_path / "out"), file=str(tmp_path / "all.jsonl"),
+    shards, encoding = Shards(data, load_meta(data), "train", 8), get_encoding("bytes")
+    records = {record["instruction"]: record for record in colour_records(80)}
+    learned = [records[encoding.decode(tokens["id"].tolist()).split("\n")[1].split("<|")[0]] for tokens in shards]
+    (tmp_path / "eight.jsonl").write_text("".join(json.dumps(record) + "\n" for record in learned))
+    score = sample.main(sample.SampleConfig(model=str(tmp_path / "out" / "last"), file=str(tmp_path / "eight.jsonl"),
                                             output=str(tmp_path / "answers.jsonl"), batch_size=3, device="cpu"))
     assert score == {"records": 8, "scored": 8, "exact": 8}
     assert capsys.readouterr().out.endswith("exact match 8/8 (100.0 %)\n")
     answered = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [record["response"] for record in answered] == [record["output"] for record in colour_records(8)]
+    assert [record["response"] for record in answered] == [record["output"] for record in learned]
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
