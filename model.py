@@ -76,11 +76,70 @@ class Cache(NamedTuple):
         return Cache(self.state[:, :, rows], self.lengths[rows])
 
 
+class WrittenLinear(torch.autograd.Function):
+    """F.linear in the dtype of x, whose backward writes the weight's gradient straight into weight.grad. All large
+    tensors are buffers that are kept: on a CPU they are dear to get anew, page by page."""
+    scratch = {}  # by dtype: room for one gradient before it is cast
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, kept):
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.kept, ctx.biased = weight, kept, bias is not None
+        return F.linear(x, cast(weight, x.dtype, kept), bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,), weight, kept, first = ctx.saved_tensors, ctx.weight, ctx.kept, ctx.weight.grad is None
+        grad_bias = gradient.sum(0) if ctx.biased else None
+        grad_x = gradient @ (weight.detach() if x.dtype == weight.dtype else kept["cast"])
+        if first:
+            weight.grad = kept["gradient"] = kept.get("gradient", torch.empty_like(weight))
+        if x.dtype == weight.dtype:
+            torch.addmm(weight.grad, gradient.t(), x, beta=0 if first else 1, out=weight.grad)
+        else:
+            scratch, size = WrittenLinear.scratch, weight.numel()
+            if scratch.get(x.dtype) is None or scratch[x.dtype].numel() < size:
+                scratch[x.dtype] = torch.empty(size, dtype=x.dtype)
+            product = torch.mm(gradient.t(), x, out=scratch[x.dtype][:size].view_as(weight))
+            weight.grad.copy_(product) if first else weight.grad.add_(product)
+        return grad_x, None, grad_bias, None
+
+
+def writes_gradient(weight):
+    """Whether WrittenLinear serves this weight: on a CPU, in one process, since DistributedDataParallel waits for
+    autograd's own gradients."""
+    return weight.requires_grad and torch.is_grad_enabled() and weight.device.type == "cpu" and not (
+        torch.distributed.is_available() and torch.distributed.is_initialized()) and not torch.compiler.is_compiling()
+
+
+def cast(weight, dtype, kept):
+    """`weight` in this dtype, where it has another in a buffer that is kept."""
+    if weight.dtype == dtype:
+        return weight.detach()
+    if "cast" not in kept or kept["cast"].dtype != dtype:
+        kept["cast"] = torch.empty_like(weight, dtype=dtype)
+    return kept["cast"].copy_(weight.detach())
+
+
+def linear(x, weight, bias, kept):
+    """x weight^T + bias in the dtype of x; the weights may be kept in a higher one."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if writes_gradient(weight):
+        return WrittenLinear.apply(x, weight, bias, kept)
+    if torch.is_grad_enabled() or weight.device.type != "cpu":
+        return F.linear(x, weight.to(x.dtype), bias)
+    return F.linear(x, cast(weight, x.dtype, kept), bias)
+
+
 class Linear(nn.Linear):
-    """Computes in the dtype of its input; the weights may be kept in a higher one."""
+    """Computes in the dtype of its input."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.kept = {}
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight, self.bias, self.kept)
 
 
 class LoraLinear(Linear):
@@ -88,7 +147,8 @@ class LoraLinear(Linear):
 
     def __init__(self, base, rank, alpha, dropout):
         nn.Module.__init__(self)
-        self.weight, self.bias, self.scale, self.dropout = base.weight, base.bias, alpha / rank, dropout
+        self.weight, self.bias, self.kept = base.weight, base.bias, {}
+        self.scale, self.dropout = alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.weight.size(1), device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.weight.size(0), rank, device=base.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -147,6 +207,21 @@ def attend(q, k, v, mask, dropout):
     return torch.bmm(F.dropout(weights, dropout), v).view(B, n_head, T, head_dim)
 
 
+def embed(weight, idx, positions):
+    """weight[idx] + positions, (N, n_embd). Where the head's WrittenLinear has written the gradient of the weight that
+    they share, by the time of backward, these tokens' rows are added to it."""
+    if not writes_gradient(weight):
+        return F.embedding(idx, weight) + positions
+
+    def add_rows(gradient):
+        if weight.grad is None:  # nothing was supervised
+            weight.grad = torch.zeros_like(weight)
+        weight.grad.index_add_(0, idx, gradient)
+    x = F.embedding(idx, weight.detach()) + positions
+    x.register_hook(add_rows)
+    return x
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -179,6 +254,7 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
         self.config, self.compute_dtype, self.gradient_checkpointing = config, None, False
+        self.kept = {}  # the head's buffers
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, which GPT-2 ties to it
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
@@ -193,7 +269,7 @@ class GPT(nn.Module):
 
     def hidden(self, idx, layout, cache=None):
         """The last layer's normalised output, (N, n_embd), for packed token ids (N,)."""
-        x = self.wte(idx) + self.wpe(layout.position)
+        x = embed(self.wte.weight, idx, self.wpe(layout.position))
         x = F.dropout(x.to(self.compute_dtype or x.dtype), self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and self.training:
@@ -204,7 +280,7 @@ class GPT(nn.Module):
 
     def logits(self, x):
         """(N, n_embd) -> (N, vocab_size), in float32 or better."""
-        logits = F.linear(x, self.wte.weight.to(x.dtype))
+        logits = linear(x, self.wte.weight, None, self.kept)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, idx, targets=None, lengths=None):

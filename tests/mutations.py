@@ -24,8 +24,11 @@ MUTATIONS = {
     "layer norms swapped": ("model.py", '''x = x + self.attn(self.ln_1(x), layout, cache)
         return x + self.mlp(self.ln_2(x))''', '''x = x + self.attn(self.ln_2(x), layout, cache)
         return x + self.mlp(self.ln_1(x))'''),
-    "biases dropped": ("model.py", '''F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))''',
-                       '''F.linear(x, self.weight.to(x.dtype))'''),
+    "biases dropped": ("model.py", '''bias = None if bias is None else bias.to(x.dtype)''', '''bias = None'''),
+    "gradient overwritten, not added": ("model.py", '''else weight.grad.add_(product)''', '''else weight.grad.copy_(product)'''),
+    "embedding's rows forgotten": ("model.py", '''    x.register_hook(add_rows)''', '''    x.requires_grad'''),
+    "LoRA scaled by alpha alone": ("model.py", '''alpha / rank, dropout''', '''alpha, dropout'''),
+    "label's stop not scored": ("sample.py", '''encode_ordinary(label) + [voice.encoding.eot_token]''', '''encode_ordinary(label)'''),
     "exact GELU": ("model.py", ''', approximate="tanh")''', ''')'''),
     "packed examples see each other": ("model.py", '''start = torch.arange(B).repeat_interleave(lengths)
         position =''', '''B, T, lengths = 1, int(lengths.sum()), lengths.sum()[None]

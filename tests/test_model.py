@@ -147,6 +147,27 @@ def test_the_loss_in_slices_and_gradient_checkpointing_change_nothing():
         assert (parameter.grad - gradient).norm() <= 1e-10 * gradient.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradients_written_in_place_are_autograds_own(dtype, lora, monkeypatch):
+    """Over two micro-batches, and over a second step that reuses the buffers of the first."""
+    model = tiny().to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if lora:
+        model.add_lora(4, 8.0, 0.0, ["c_attn", "c_proj"])
+    model.compute_dtype, results = dtype, []
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(model_module, "writes_gradient", lambda weight: False)
+        for seeds in ((0, 1), (2, 3)):
+            model.zero_grad(set_to_none=True)
+            for seed in seeds:
+                model(*packed_batch(seed), LENGTHS).backward()
+        results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad})
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    for name, expected in results[1].items():
+        assert (results[0][name] - expected).norm() <= tolerance * expected.norm(), name
+
+
 # ---- generation -----------------------------------------------------------------------------------------------------
 
 PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [200, 100]]
