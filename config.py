@@ -57,7 +57,7 @@ def parse_config(config_class, argv=None):
     group.add_argument("--help", "-h", action="help", help="show this and leave")
     words = sys.argv[1:] if argv is None else argv
     flags, unknown = parser.parse_known_args(
-        [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words])
+        [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words])
     for name in (word.split("=")[0] for word in unknown):
         close = difflib.get_close_matches(name.lstrip("-"), fields, n=1) if name.startswith("-") else []
         refuse(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}: "

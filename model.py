@@ -82,10 +82,10 @@ class WrittenLinear(torch.autograd.Function):
     scratch = {}  # by dtype: room for one gradient before it is cast
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kept):
+    def forward(ctx, x, weight, bias, kept, centre):
         ctx.save_for_backward(x)
         ctx.weight, ctx.kept, ctx.biased = weight, kept, bias is not None
-        return F.linear(x, cast(weight, x.dtype, kept), bias)
+        return F.linear(x, cast(weight, x.dtype, kept, centre), bias)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -102,7 +102,7 @@ class WrittenLinear(torch.autograd.Function):
                 scratch[x.dtype] = torch.empty(size, dtype=x.dtype)
             product = torch.mm(gradient.t(), x, out=scratch[x.dtype][:size].view_as(weight))
             weight.grad.copy_(product) if first else weight.grad.add_(product)
-        return grad_x, None, grad_bias, None
+        return grad_x, None, grad_bias, None, None
 
 
 def writes_gradient(weight):
@@ -112,23 +112,25 @@ def writes_gradient(weight):
         torch.distributed.is_available() and torch.distributed.is_initialized()) and not torch.compiler.is_compiling()
 
 
-def cast(weight, dtype, kept):
-    """`weight` in this dtype, where it has another in a buffer that is kept."""
+def cast(weight, dtype, kept, centre=False):
+    """`weight` in this dtype, where it has another in a buffer that is kept; `centre`: less the mean of its rows."""
     if weight.dtype == dtype:
         return weight.detach()
     if "cast" not in kept or kept["cast"].dtype != dtype:
         kept["cast"] = torch.empty_like(weight, dtype=dtype)
-    return kept["cast"].copy_(weight.detach())
+    kept["cast"].copy_(weight.detach())
+    return kept["cast"].sub_(weight.detach().mean(0).to(dtype)) if centre else kept["cast"]
 
 
-def linear(x, weight, bias, kept):
-    """x weight^T + bias in the dtype of x; the weights may be kept in a higher one."""
-    bias = None if bias is None else bias.to(x.dtype)
+def linear(x, weight, bias, kept, centre=False):
+    """x weight^T + bias in the dtype of x; the weights may be kept in a higher one. `centre`: less the mean of its rows
+    where x has 16 bits, which shifts each row of the result by a constant."""
+    bias, centre = None if bias is None else bias.to(x.dtype), centre and x.element_size() == 2
     if writes_gradient(weight):
-        return WrittenLinear.apply(x, weight, bias, kept)
-    if torch.is_grad_enabled() or weight.device.type != "cpu":
-        return F.linear(x, weight.to(x.dtype), bias)
-    return F.linear(x, cast(weight, x.dtype, kept), bias)
+        return WrittenLinear.apply(x, weight, bias, kept, centre)
+    if weight.dtype != x.dtype and not torch.is_grad_enabled() and weight.device.type == "cpu":
+        return F.linear(x, cast(weight, x.dtype, kept, centre), bias)
+    return F.linear(x, (weight - weight.mean(0) if centre else weight).to(x.dtype), bias)
 
 
 class Linear(nn.Linear):
@@ -278,9 +280,16 @@ class GPT(nn.Module):
                 x = block(x, layout, (cache[0][i], cache[1][i]) if cache is not None else None)
         return self.ln_f(x)
 
-    def logits(self, x):
-        """(N, n_embd) -> (N, vocab_size), in float32 or better."""
-        logits = linear(x, self.wte.weight, None, self.kept)
+    def head(self):
+        """The output head for many calls of `logits` with the same weights."""
+        weight = self.wte.weight.detach()
+        half = (self.compute_dtype or weight.dtype).itemsize == 2
+        return (weight.float() - weight.float().mean(0)).to(self.compute_dtype or weight.dtype) if half else weight
+
+    def logits(self, x, head=None):
+        """(N, n_embd) -> (N, vocab_size), in float32 or better. GPT-2's logits lie around -100, where bfloat16 has
+        steps of a half: with 16-bit x they are computed about a mean of zero, a shift that softmax does not see."""
+        logits = F.linear(x, head) if head is not None else linear(x, self.wte.weight, None, self.kept, centre=True)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, idx, targets=None, lengths=None):
@@ -341,10 +350,10 @@ class GPT(nn.Module):
         training = self.training
         self.eval()
         try:
-            x, cache = self.prefill(prompts, max_new_tokens)
+            (x, cache), head = self.prefill(prompts, max_new_tokens), self.head()
             rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: ended
             for step in range(max_new_tokens):
-                drawn = draw(self.logits(x)[:, :n_vocab], temperature, top_k, top_p, generator)
+                drawn = draw(self.logits(x, head)[:, :n_vocab], temperature, top_k, top_p, generator)
                 ids = dict(zip(rows, drawn.tolist(), strict=True))
                 yield [ids.get(row) for row in range(len(prompts))]
                 full = (cache.lengths == cache.state.size(4)).tolist()
@@ -363,13 +372,13 @@ class GPT(nn.Module):
     def log_likelihood(self, prompts, answers):
         """The log-probability of each of `answers` (lists of ids) after each of `prompts`, (len(prompts),
         len(answers)), float32: summed over an answer's tokens; every prompt is read once."""
-        x, cache = self.prefill(prompts, max(map(len, answers)))
+        (x, cache), head = self.prefill(prompts, max(map(len, answers))), self.head()
         each = [row for row in range(len(prompts)) for _ in answers]  # a row for every pair
         x, cache, total = x[each], cache.select(each), 0.0
         for step in range(max(map(len, answers))):
             ids = torch.tensor([answer[step] if step < len(answer) else 0 for answer in answers] * len(prompts))
             counts = torch.tensor([float(step < len(answer)) for answer in answers] * len(prompts))
-            log_probabilities = self.logits(x).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
+            log_probabilities = self.logits(x, head).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
             total = total + log_probabilities * counts.to(x.device)
             if step + 1 < max(map(len, answers)):
                 x, cache = self.decode(ids.to(x.device), cache)

@@ -14,6 +14,7 @@ A record is one of (its keys tell which):
 import csv
 import gzip
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -21,7 +22,9 @@ import shutil
 import sys
 import tempfile
 import time
+import urllib.parse
 import urllib.request
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -37,9 +40,11 @@ FORMAT_VERSION = 1
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
 EOT = None  # in a rendered segment: the end-of-text token, which no text can become
 OURS = re.compile(r"meta\.json|test\.jsonl|(train|val)_\d{5}\.npy")  # what an out_dir may hold to be written anew
+KINDS = {"text": "text", "prompt": "prompt"}  # by the role of the first message; all others are conversations
 CHUNK = 2048  # records rendered and encoded at a time
 PIECE = 1_000_000  # characters of a document read at a time
-NAME = re.compile(r"\{([\w .-]+)\}")  # a field's name in prompt_format and response_format
+UNREADABLE = (ValueError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
+NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and response_format
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ def read_records(path, name):
             if kind in (".csv", ".tsv"):
                 csv.field_size_limit(2**31 - 1)
                 rows = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",", strict=True)
-                columns = next(rows, [])
+                columns = next(filter(None, rows), [])
                 if len(set(columns)) < len(columns):
                     raise UserError(f"{name}, line 1: duplicate column names in {columns}; rename them")
                 for row in rows:
@@ -120,7 +125,9 @@ def read_records(path, name):
         where = place if kind == ".jsonl" or place != "the whole file" else f"line {error.lineno}"
         raise UserError(f"{name}, {where}, column {error.colno}: not valid JSON ({error.msg}); expected "
                         + ("a list of records" if place == "the whole file" else "one record a line")) from None
-    except (UnicodeDecodeError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile) as error:
+    except UserError:
+        raise
+    except UNREADABLE as error:
         raise UserError(f"{name}, after {place}: {error}; expected UTF-8 {kind[1:]}") from None
 
 
@@ -129,7 +136,7 @@ def text_of(fields, key):
     if key not in fields:
         raise UserError(f"{key!r} is missing; the fields are {', '.join(map(repr, fields))}")
     value = fields[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key!r} must be text, not {json.dumps(value, default=str)[:40]}")
@@ -147,7 +154,7 @@ def fill(template, fields, flag):
 
 def conversation(turns, role_key, content_key):
     """OpenAI's or ShareGPT's list of turns as messages; any role but system, user and assistant is refused."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise UserError(f"a conversation is a list of {{{role_key!r}: ..., {content_key!r}: ...}} objects")
     messages = []
     for turn in turns:
@@ -178,10 +185,11 @@ def to_messages(record, spec, answered=True):
         return conversation(record["messages"], "role", "content")
     if "conversations" in record:
         return conversation(record["conversations"], "from", "value")
-    if "text" in record and "instruction" not in record:  # Alpaca's own file carries the rendered text too
+    if "text" in record and not {"instruction", "prompt"} & record.keys():  # Alpaca's own file carries it rendered too
         return [("text", {"text": text_of(record, "text")})]
     if "instruction" in record:
-        given = text_of(record, "input") if record.get("input") is not None else ""
+        missing = record.get("input") in (None, "") or record["input"] != record["input"]  # NaN, as pandas writes it
+        given = "" if missing else text_of(record, "input")
         messages, answer = [("user", {"content": text_of(record, "instruction"), "input": given})], "output"
     elif "prompt" in record:
         messages, answer = [("prompt", {"prompt": text_of(record, "prompt")})], "completion"
@@ -241,16 +249,13 @@ def render(messages, spec):
 
 
 def shorten(messages, excess, encoding):
-    """`messages` with `excess` tokens less in the longest field of the user's, or None where it has not so many."""
-    fields = [(index, key) for index, (role, fields) in enumerate(messages) if role in ("user", "prompt")
-              for key, value in fields.items() if isinstance(value, str)]
-    if not fields:
+    """`messages` with up to `excess` tokens less in the longest field of the user's, or None where all are empty."""
+    fields = [(encoding.encode_ordinary(value), index, key) for index, (role, fields) in enumerate(messages)
+              if role in ("user", "prompt") for key, value in fields.items() if isinstance(value, str)]
+    ids, index, key = max(fields, key=lambda field: len(field[0]), default=([], 0, ""))
+    if not ids:
         return None
-    index, key = max(fields, key=lambda field: len(messages[field[0]][1][field[1]]))
     role, values = messages[index]
-    ids = encoding.encode_ordinary(values[key])
-    if len(ids) <= excess:
-        return None
     text = encoding.decode_bytes(ids[:-excess]).decode("utf-8", errors="ignore")
     return [*messages[:index], (role, {**values, key: text}), *messages[index + 1:]]
 
@@ -316,10 +321,10 @@ def blocks(parts, block_size):
 def fingerprints(segments, seed):
     """(a number in [0, 1) that depends on the prompt and the seed alone, a digest of the whole example)."""
     marked = ["|" if text is EOT else f"{len(text)}:{text}" for text, _ in segments]
-    first = next((index for index, (_, supervised) in enumerate(segments) if supervised), 0)
-    prompt = "".join(marked[:first])
-    if not prompt.strip("|"):
-        prompt = "".join(marked)
+    asked = [text is not EOT and not supervised and text != "assistant\n" and not text.startswith("system\n")
+             for text, supervised in segments]  # a greeting before the first question is no prompt
+    first = next((index for index, (_, supervised) in enumerate(segments) if supervised and any(asked[:index])), 0)
+    prompt = "".join(marked[:first] or marked)
     try:
         share = int.from_bytes(hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest(), "big") / 2**64
         return share, hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
@@ -416,12 +421,16 @@ def fetch(source, directory):
         return path, path.name
     name = Path(urllib.request.url2pathname(source.split("?")[0])).name
     path = Path(directory) / "download"
-    with urllib.request.urlopen(source, timeout=60) as response, open(path, "wb") as file:
-        while piece := response.read(1 << 20):
-            file.write(piece)
-            status(f"downloading {name}: {file.tell() / 1e6:.0f} MB")
-        if response.length:
-            raise UserError(f"--input: the download of {source} broke off; try again")
+    try:
+        with urllib.request.urlopen(urllib.parse.quote(source, safe=":/?&=%#"), timeout=60) as response:
+            with open(path, "wb") as file:
+                while piece := response.read(1 << 20):
+                    file.write(piece)
+                    status(f"downloading {name}: {file.tell() / 1e6:.0f} MB")
+            if response.length:
+                raise OSError("it broke off")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"--input: cannot download {source} ({error}); check the address and try again") from None
     return path, name
 
 
@@ -436,8 +445,11 @@ def sha256_of(path):
 def encode_document(path, config, encoding, pool):
     """Yields (split, record, examples) of a .txt file, which is one document: its end is held out, and each part is cut
     into blocks. The text is kept for the test part alone; nothing else stays in memory."""
-    with open_text(path, newline=None) as file:
-        length = sum(len(text) for text in iter(lambda: file.read(1 << 20), ""))
+    try:
+        with open_text(path, newline=None) as file:
+            length = sum(len(text) for text in iter(lambda: file.read(1 << 20), ""))
+    except UNREADABLE as error:
+        raise UserError(f"{path.name}: {error}; expected UTF-8 text") from None
     test, val = round(length * config.test_fraction), round(length * config.val_fraction)
     eot = [[encoding.eot_token]]
     with open_text(path, newline=None) as file:
@@ -453,7 +465,7 @@ def encode_document(path, config, encoding, pool):
 
 def encode_records(path, name, config, spec, encoding, pool, report):
     """Yields (split, record, examples) for each record that stays; `report` counts those that do not, and why."""
-    records, seen = read_records(path, name), set()
+    records, seen, first_kind = read_records(path, name), set(), None
     limit, eot = config.block_size + 1, encoding.eot_token
     while chunk := list(islice(records, CHUNK)):
         kept = []
@@ -464,7 +476,11 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                 while messages and messages[-1][0] in ("system", "user"):
                     messages.pop()
                     report["cut: turns at the end that nobody answered"] += 1
-                if not messages or not any(messages[-1][1].values()):
+                kind = KINDS.get(messages[0][0], "conversation") + " with 'response'" * (
+                    messages[0][0] == "prompt" and not spec["response_format"] and "completion" not in record)
+                if kind != (first_kind := first_kind or kind):
+                    raise UserError(f"a {kind} record among {first_kind} records; prepare each kind by itself")
+                if not messages or not any(value.strip() for value in messages[-1][1].values()):
                     report["dropped: no answer"] += 1
                     continue
                 segments = render(messages, spec)
@@ -490,6 +506,11 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                 if len(ids) > limit:
                     report[f"dropped: longer than --block_size={config.block_size}"] += 1
                     continue
+                share, digest = fingerprints(render(messages, spec), config.seed)
+                if digest in seen:
+                    report["dropped: exact duplicates"] += 1
+                    continue
+                seen.add(digest)
                 report[f"truncated to --block_size={config.block_size}"] += 1
                 examples = [(ids, flags)]
             yield split_of(share, config.val_fraction, config.test_fraction), record, examples
@@ -501,7 +522,7 @@ def write_shards(parts, work, config, encoding, report):
     dtype = np.dtype([("id", "<u2" if encoding.n_vocab <= 2**16 else "<u4"), ("flags", "u1")])
     writers = {split: ShardWriter(work, split, dtype, config.shard_tokens) for split in ("train", "val")}
     shows, first, started, shown = [], None, time.perf_counter(), 1.0
-    with open(work / "test.jsonl", "w", encoding="utf-8") as test_file:
+    with open(work / "test.jsonl", "w", encoding="utf-8", errors="backslashreplace") as test_file:
         for split, record, examples in parts:
             first = first or record
             if split == "test":
@@ -570,6 +591,8 @@ def main(config):
         if kind.lower() not in (".json", ".jsonl", ".csv", ".tsv", ".txt"):
             raise UserError(f"--input: {name} is none of .json .jsonl .csv .tsv .txt, or one of them .gz; rename it")
         out_dir = Path(config.out_dir or Path("data") / stem)
+        if out_dir.exists() and not out_dir.is_dir():
+            raise UserError(f"--out_dir={out_dir} is a file; name a directory")
         if foreign := [file.name for file in out_dir.glob("*") if not OURS.fullmatch(file.name)]:
             raise UserError(f"--out_dir={out_dir} holds files that are not ours ({foreign[0]}); name another directory")
         encoding = get_encoding(config.encoding or ("gpt2" if config.input else "bytes"))
@@ -581,7 +604,8 @@ def main(config):
             parts = encode_document(path, config, encoding, pool)
         else:
             parts = encode_records(path, name, config, spec, encoding, pool, report)
-        work = out_dir.with_name(f".{out_dir.name}.{os.getpid()}.tmp")
+        place = out_dir.resolve()  # the directory itself where out_dir is a link or "."
+        work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True)
         try:
             train, val, shows, first = write_shards(parts, work, config, encoding, report)
@@ -594,7 +618,7 @@ def main(config):
                     "source": name, "source_sha256": sha256_of(path),
                     "train": train.counts(), "val": val.counts(), "test": {"examples": report["held out for test"]}}
             (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            publish(work, out_dir)
+            publish(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)
     print_report(meta, report, out_dir)

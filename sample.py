@@ -10,6 +10,7 @@ import codecs
 import copy
 import dataclasses
 import json
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ class SampleConfig:
     def __post_init__(self):
         require(**{name: getattr(self, name) < 1 and f"{getattr(self, name)} is below 1"
                    for name in ("max_new_tokens", "num_samples", "batch_size")},
-                temperature=self.temperature < 0 and f"{self.temperature} is below 0",
+                temperature=not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"))
+                and f"{self.temperature} is neither 0 nor a number from 1e-6 on",
                 top_k=self.top_k < 0 and f"{self.top_k} is below 0",
                 top_p=not 0 < self.top_p <= 1 and f"{self.top_p} is not in (0, 1]",
                 adapter=bool(self.adapter) and "," in self.model and "needs one --model, not several",
@@ -148,15 +150,19 @@ def prompt_messages(text, given, spec):
     columns = NAME.findall(spec["prompt_format"]) if spec else []
     if spec and spec["template"] == "text":
         return [("opening", {"text": text})]
+    if spec and spec["response_format"] and not columns:
+        return [("prompt", {})]  # these answers have no prompt
     if not columns:
         return [("user", {"content": text, "input": given})]
-    if len(columns) == 1 and not text.lstrip().startswith("{"):
-        return to_messages({columns[0]: text}, spec, answered=False)
     try:
         record = json.loads(text)
     except ValueError:
+        record = None
+    if len(columns) == 1 and not (isinstance(record, dict) and columns[0] in record):
+        return to_messages({columns[0]: text}, spec, answered=False)
+    if not isinstance(record, dict):
         raise UserError(f"--prompt: this model reads the columns {', '.join(columns)}; give a JSON object, "
-                        f"""'{{{", ".join(f'"{name}": "..."' for name in columns)}}}'""") from None
+                        f"""'{{{", ".join(f'"{name}": "..."' for name in columns)}}}'""")
     return to_messages(record, spec, answered=False)
 
 
@@ -200,6 +206,8 @@ class Conversation:
 def chat(voices, config):
     """Answers prompts until the input ends."""
     conversations = [Conversation(voice, config.system) for voice in voices]
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     print("Type a prompt; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
     while True:
         try:
@@ -216,7 +224,7 @@ def chat(voices, config):
 
 # ---- files of records -----------------------------------------------------------------------------------------------
 
-def read_prompts(path, voice):
+def read_prompts(path, voice, system):
     """(records, prompts as ids, reference answers, None where a record has none) of a file."""
     records, prompts, references = [], [], []
     if not path.is_file():
@@ -224,8 +232,12 @@ def read_prompts(path, voice):
     for place, record in read_records(path, path.name):
         try:
             messages, reference = to_messages(record, voice.spec, answered=False), None
+            if messages[0][0] == "text":
+                raise UserError("a plain text has no prompt to answer; --prompt goes on with one")
             if messages[-1][0] in ("assistant", "completion"):
-                reference = next(iter(messages.pop()[1].values()))
+                reference = next(iter(messages.pop()[1].values())) or None
+            if system and messages[0][0] == "user":
+                messages.insert(0, ("system", {"content": system}))
             prompts.append(voice.prompt_ids(messages))
         except UserError as error:
             raise UserError(f"{path.name}, {place}: {error}") from None
@@ -340,25 +352,31 @@ def summary(results):
 
 def answer_file(voices, config):
     """Answers every record with every voice, writes the records with their responses, and scores them."""
+    with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
+        written, results = answer_with(voices, config)
+        for record in written:
+            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+    print(f"wrote {config.output}")
+    summary({name: result for name, result in results.items() if result["scored"]})
+    return results if len(voices) > 1 else results[voices[0].name]
+
+
+def answer_with(voices, config):
+    """(the records with their responses, what each voice reached)."""
     results, written = {}, []
     for voice in voices:
         if voice.spec is None:
             raise UserError(f"--file: {voice.name} has no template of its own; give --data_dir, which has one")
-        records, prompts, references = read_prompts(Path(config.file), voice)
+        records, prompts, references = read_prompts(Path(config.file), voice, config.system)
         if len(voices) > 1:
             print(f"{voice.name}:")
         responses = answer_all(voice, prompts, config)
         written = written or [{**record} for record in records]
+        key = "model's response" if any("response" in record for record in records) else "response"
         for record, response in zip(written, responses, strict=True):
-            record["response" if len(voices) == 1 else f"response of {voice.name}"] = response
+            record[key if len(voices) == 1 else f"response of {voice.name}"] = response
         results[voice.name] = score(voice, responses, prompts, references, label_set(references, config, voice.spec))
-    with atomic_file(config.output) as file:
-        for record in written:
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
-    print(f"wrote {config.output}")
-
-    summary({name: result for name, result in results.items() if result["scored"]})
-    return results if len(voices) > 1 else results[voices[0].name]
+    return written, results
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ class TrainConfig:
 
     def __post_init__(self):
         def below(name, least):
-            return getattr(self, name) < least and f"{getattr(self, name)} is below {least}"
+            value = getattr(self, name)
+            return not least <= value < math.inf and f"{value} is {f'below {least}' if value < least else 'no number'}"
 
         def none_of(name, *choices):
             return getattr(self, name) not in choices and f"{getattr(self, name)!r} is none of {', '.join(choices)}"
@@ -93,13 +94,14 @@ class TrainConfig:
         require(**{name: below(name, 1) for name in ("n_layer", "n_head", "n_embd", "batch_size")},
                 **{name: below(name, 0) for name in (
                     "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate",
-                    "min_lr", "warmup_steps", "weight_decay", "grad_clip", "log_interval", "lora_rank",
+                    "min_lr", "warmup_steps", "weight_decay", "seed", "grad_clip", "log_interval", "lora_rank",
                     "lora_alpha")},
                 **{name: below(name, -1) for name in ("eval_interval", "save_interval")},
                 **{name: not 0 <= getattr(self, name) < 1 and f"{getattr(self, name)} is not in [0, 1)"
                    for name in ("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2")},
                 lr_schedule=none_of("lr_schedule", "cosine", "linear", "constant"),
                 dtype=none_of("dtype", "auto", "float32", "bfloat16", "float16", "float64"),
+                overwrite=self.overwrite and self.resume and "goes on with nothing: give it or --resume",
                 compile=none_of("compile", "auto", "on", "off"))
 
 
@@ -215,10 +217,10 @@ def build_model(config, meta, checkpoint):
     if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 128:  # some pad it for speed
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: prepare the data with the model's encoding")
-    if meta["train"]["longest"] - 1 > model.config.block_size:
-        context = model.config.block_size
+    longest, context = max(meta["train"]["longest"], meta["val"]["longest"]), model.config.block_size
+    if longest - 1 > context:
         raise UserError(f"--init_from={init_from} has a context of {context} tokens, the longest example "
-                        f"{meta['train']['longest']}: prepare the data with --block_size={context}")
+                        f"{longest}: prepare the data with --block_size={context}")
     if config.lora_rank:
         path = locate(init_from)
         if path.name == "adapter_config.json":
@@ -340,7 +342,9 @@ class Samples:
         self.encoding, self.prompts, self.answers, seen = encoding, [], [], Counter()
         for tokens in (shards[i] for i in range(min(40, len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
-            first = max(int(supervised.argmax()), min(16, len(tokens) // 2))  # plain text goes on from a few words
+            first = int(supervised.argmax())
+            if first == 1 and supervised[1:].all():  # plain text goes on from a few words
+                first = min(16, len(tokens) // 2)
             stop = first + int(np.append(~supervised[first:], True).argmax())
             self.prompts.append(tokens["id"][:first].tolist())
             self.answers.append(tokens["id"][first:stop].tolist())
@@ -389,7 +393,7 @@ def save_checkpoint(path, **state):
 
 def load_checkpoint(path):
     if not path.is_file():
-        raise UserError(f"--resume: {path} is not there; start the run without --resume, or name its --out_dir")
+        raise UserError(f"--resume: {path} is not there; name the run's --out_dir, or start it anew with --overwrite")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format_version"]
@@ -550,8 +554,9 @@ def open_run(config):
         checkpoint = load_checkpoint(out_dir / "ckpt.pt")
         return resumed(config, checkpoint["config"], out_dir), checkpoint
     if not config.overwrite and any((out_dir / name).exists() for name in RESULTS):
-        raise UserError(f"--out_dir={out_dir} holds a run already: go on with --resume, replace it with --overwrite, "
-                        "or name another --out_dir")
+        raise UserError(f"--out_dir={out_dir} holds a run already: "
+                        + "go on with --resume, " * (out_dir / "ckpt.pt").exists()
+                        + "replace it with --overwrite, or name another --out_dir")
     return config, None
 
 
@@ -599,8 +604,6 @@ def main(config):
             print(f"the run now has {plan.total:,} steps instead of {checkpoint['total_steps']:,}: from here on the "
                   "learning rate follows the new length")
         del checkpoint
-    else:
-        clear(out_dir)
     parameters, total = trainable(model), sum(p.numel() for p in model.parameters())
     learned = sum(p.numel() for p in parameters.values())
     print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
@@ -610,6 +613,8 @@ def main(config):
           f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}", flush=True)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
     budget = warm_up(model, compiled, train, config.batch_size, plan.budget, device)
+    if not config.resume:
+        clear(out_dir)
     encoding = get_encoding(meta["encoding"])
     samples = Samples(val if len(val) else train, encoding)
     forgetting = Forgetting(config, base, encoding, out_dir, first_step)
@@ -675,11 +680,14 @@ def main(config):
                                 model=trainable(model), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
                                 best_val_loss=best_val_loss, elapsed=elapsed, crc=crc, total_steps=plan.total)
                 plot(out_dir)
+    save_weights(model, out_dir / "last", meta, base)
     if interrupt.signum:
         print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
               + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
         sys.exit(128 + interrupt.signum)
-    save_weights(model, out_dir / "last", meta, base)
+    if step == first_step:
+        print(f"nothing to do: the run had reached its --max_steps, --epochs or --max_minutes={config.max_minutes:g}; "
+              "raise what ended it, 0 for no limit")
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))

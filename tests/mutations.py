@@ -27,6 +27,7 @@ MUTATIONS = {
     "biases dropped": ("model.py", '''bias = None if bias is None else bias.to(x.dtype)''', '''bias = None'''),
     "gradient overwritten, not added": ("model.py", '''else weight.grad.add_(product)''', '''else weight.grad.copy_(product)'''),
     "embedding's rows forgotten": ("model.py", '''    x.register_hook(add_rows)''', '''    x.requires_grad'''),
+    "bfloat16 logits far from zero": ("model.py", '''centre and x.element_size() == 2''', '''False'''),
     "LoRA scaled by alpha alone": ("model.py", '''alpha / rank, dropout''', '''alpha, dropout'''),
     "label's stop not scored": ("sample.py", '''encode_ordinary(label) + [voice.encoding.eot_token]''', '''encode_ordinary(label)'''),
     "exact GELU": ("model.py", ''', approximate="tanh")''', ''')'''),

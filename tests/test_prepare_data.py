@@ -326,3 +326,71 @@ def test_the_chapter_7_records(gpt2_encoding, tmp_path, capsys):
     assert ">>>" in capsys.readouterr().out
     for ids, flags in load(tmp_path / "d"):
         assert ids.count(50256) == 1 and ids[-1] == 50256 and flags[-1] == SUPERVISED
+
+
+# ---- found by trying to break it ------------------------------------------------------------------------------------
+
+def test_a_file_is_never_taken_for_an_out_dir_and_a_link_stays_one(tmp_path):
+    source = tmp_path / "records.jsonl"
+    source.write_text(GOOD * 1)
+    flags = dict(input=str(source), encoding="bytes", val_fraction=0, test_fraction=0, show=0)
+    with pytest.raises(UserError, match="is a file; name a directory"):
+        prepare_data.main(PrepareConfig(**flags, out_dir=str(source)))
+    assert source.read_text() == GOOD
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    prepare_data.main(PrepareConfig(**flags, out_dir=str(tmp_path / "link")))
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "meta.json").is_file()
+
+
+def test_kinds_are_not_mixed(prepare):
+    for first, second in (({"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}),
+                          ({"prompt": "a", "completion": "b"}, {"prompt": "c", "response": "d"}),
+                          ({"text": "a"}, {"instruction": "a", "output": "b"})):
+        with pytest.raises(UserError, match="line 2: a .* record among .* records"):
+            prepare([first, second])
+
+
+def test_what_truncation_makes_equal_is_dropped(prepare, capsys):
+    records = [{"prompt": "c" * 200 + f" {i}", "completion": "b"} for i in range(100)]
+    data = prepare(records, block_size=100, overlong="truncate", val_fraction=0, test_fraction=0)
+    assert len(load(data)) == 1
+    assert "99 dropped: exact duplicates" in capsys.readouterr().out
+
+
+def test_truncation_shortens_field_after_field_by_tokens(prepare):
+    record = {"instruction": "i" * 120, "input": "é漢" * 55, "output": "the answer"}
+    (ids, flags), = load(prepare([record], template="alpaca", block_size=330, overlong="truncate", val_fraction=0,
+                                 test_fraction=0))
+    assert learned(ids, flags) == "the answer⏹" and len(ids) <= 331 and b"i" * 100 in bytes(ids[:-1])
+
+
+def test_conversations_that_open_with_the_same_greeting_are_split(prepare):
+    records = [{"conversations": [{"from": "gpt", "value": "Hello!"}, {"from": "human", "value": f"q{i}"},
+                                  {"from": "gpt", "value": "a"}]} for i in range(200)]
+    data = prepare(records, val_fraction=0.2, test_fraction=0.2)
+    meta = json.loads((data / "meta.json").read_text())
+    assert all(20 <= meta[split]["examples"] <= 150 for split in ("train", "val", "test"))
+
+
+def test_missing_values_are_not_learned(prepare, capsys):
+    records = [{"instruction": "a", "input": float("nan"), "output": "b"}, {"instruction": "c", "output": "  "}]
+    (ids, _), = load(prepare(records, template="alpaca", val_fraction=0, test_fraction=0, block_size=400))
+    assert b"nan" not in bytes(ids[:-1]) and "1 dropped: no answer" in capsys.readouterr().out
+    with pytest.raises(UserError, match="'output' must be text, not NaN"):
+        prepare([{"instruction": "a", "output": float("nan")}])
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", b"caf\xe9"), ("a.txt.gz", gzip.compress(b"text" * 99)[:-9]),
+                                           ("a.jsonl.gz", gzip.compress(GOOD.encode() * 99)[:20] + b"x" * 40)])
+def test_damaged_files_get_one_line(name, content, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        prepare_data.main(PrepareConfig(input=str(tmp_path / name), out_dir=str(tmp_path / "d"), encoding="bytes"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1/a b.jsonl", "http://127.0.0.1:1/é.jsonl"])
+def test_a_url_that_cannot_be_fetched_gets_one_line(url, tmp_path):
+    with pytest.raises(UserError, match="--input: cannot download"):
+        prepare_data.main(PrepareConfig(input=url, out_dir=str(tmp_path / "d"), encoding="bytes"))

@@ -436,3 +436,29 @@ def test_answers_in_training_stop_at_the_context(fit, data):
     samples = train.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"))
     model = tiny(block_size=int(max(map(len, samples.prompts))))
     assert samples.answer(model) == [[], []]
+
+
+def test_a_validation_example_too_long_for_the_model_is_refused_before_training(fit, prepare, tmp_path):
+    data = prepare(colour_records(60), val_fraction=0.3)
+    meta = load_meta(data)
+    meta["train"]["longest"], meta["val"]["longest"] = 40, 90
+    (data / "meta.json").write_text(json.dumps(meta))
+    tiny(block_size=64).save_pretrained(tmp_path / "short")
+    with pytest.raises(UserError, match="a context of 64 tokens, the longest example 90"):
+        fit(data_dir=str(data), init_from=str(tmp_path / "short"))
+
+
+def test_an_interrupted_run_leaves_weights_and_a_finished_one_says_why_it_ends(fit, tmp_path, capsys):
+    with stop_after(2), pytest.raises(SystemExit):
+        fit(eval_interval=0)
+    assert GPT.from_pretrained(tmp_path / "out").config.n_embd == 32
+    assert fit(resume=True)["step"] == 6
+    assert fit(resume=True, epochs=50)["step"] == 6
+    assert "nothing to do: the run had reached its --max_steps" in capsys.readouterr().out
+
+
+def test_numbers_that_are_none_are_refused():
+    with pytest.raises(UserError, match="--epochs: nan is no number; --learning_rate: inf is no number"):
+        TrainConfig(epochs=math.nan, learning_rate=math.inf)
+    with pytest.raises(UserError, match="--seed: -1 is below 0; --overwrite"):
+        TrainConfig(seed=-1, overwrite=True, resume=True)
