@@ -24,7 +24,7 @@ MUTATIONS = {
     "layer norms swapped": ("model.py", '''x = x + self.attn(self.ln_1(x), layout, cache)
         return x + self.mlp(self.ln_2(x))''', '''x = x + self.attn(self.ln_2(x), layout, cache)
         return x + self.mlp(self.ln_1(x))'''),
-    "biases dropped": ("model.py", '''bias = None if bias is None else bias.to(x.dtype)''', '''bias = None'''),
+    "biases dropped": ("model.py", '''None if bias is None else bias.to(x.dtype), centre''', '''None, centre'''),
     "gradient overwritten, not added": ("model.py", '''else weight.grad.add_(product)''', '''else weight.grad.copy_(product)'''),
     "embedding's rows forgotten": ("model.py", '''    x.register_hook(add_rows)''', '''    x.requires_grad'''),
     "bfloat16 logits far from zero": ("model.py", '''centre and x.element_size() == 2''', '''False'''),
@@ -42,8 +42,8 @@ MUTATIONS = {
     "cache written one place late": ("model.py", '''keys[rows, :, layout.position], values[rows, :, layout.position] =''',
                                      '''late = (layout.position + 1) % keys.size(2)
                 keys[rows, :, late], values[rows, :, late] ='''),
-    "cached position one late": ("model.py", '''position = lengths.clamp(max=size - 1)''',
-                                 '''position = (lengths + 1).clamp(max=size - 1)'''),
+    "cached position one late": ("model.py", '''position = cache.lengths.clamp(max=''',
+                                 '''position = (cache.lengths + 1).clamp(max='''),
     "padding seen while generating": ("model.py", '''<= position[:, None]''', '''<= position.max()'''),
     "split by record, not by prompt": ("prepare_data.py", '''f"{seed} {prompt}".encode()''',
                                        '''f"{seed} {marked}".encode()'''),

@@ -1,7 +1,10 @@
 """prepare_data.py: what is learned from, exactly; splits, formats and the messages for bad records."""
 import csv
+import functools
 import gzip
+import http.server
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -394,3 +397,15 @@ def test_damaged_files_get_one_line(name, content, tmp_path):
 def test_a_url_that_cannot_be_fetched_gets_one_line(url, tmp_path):
     with pytest.raises(UserError, match="--input: cannot download"):
         prepare_data.main(PrepareConfig(input=url, out_dir=str(tmp_path / "d"), encoding="bytes"))
+
+
+def test_a_url_is_fetched_and_read_like_a_file(tmp_path):
+    (tmp_path / "records.jsonl.gz").write_bytes(gzip.compress(GOOD.encode()))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    meta = prepare_data.main(PrepareConfig(
+        input=f"http://127.0.0.1:{server.server_port}/records.jsonl.gz?download=true", out_dir=str(tmp_path / "data"),
+        encoding="bytes", val_fraction=0, test_fraction=0))
+    server.shutdown()
+    assert meta["source"] == "records.jsonl.gz" and learned(*load(tmp_path / "data")[0]) == "b⏹"
