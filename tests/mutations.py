@@ -88,7 +88,7 @@ def found(name):
         (copy / file).write_text(text.replace(code, broken), encoding="utf-8")
         if (ROOT.parent / "shared").exists():
             (Path(work) / "shared").symlink_to(ROOT.parent / "shared")
-        tests = {"prepare_data.py": ["tests/test_prepare_data.py"], "model.py": ["tests/test_model.py", "tests/test_train.py"],
+        tests = {"prepare_data.py": ["tests/test_prepare_data.py"], "model.py": ["tests/test_model.py", "tests/test_lora.py", "tests/test_train.py"],
                  "train.py": ["tests/test_train.py"], "sample.py": ["tests/test_sample.py"],
                  "config.py": ["tests/test_train.py"]}[file]
         done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests, "-k", "not full_size and not large and not xl"
