@@ -93,7 +93,9 @@ class WrittenLinear(torch.autograd.Function):
         grad_bias = gradient.sum(0) if ctx.biased else None
         grad_x = gradient @ (weight.detach() if x.dtype == weight.dtype else kept["cast"])
         if first:
-            weight.grad = kept["gradient"] = kept.get("gradient", torch.empty_like(weight))
+            if "gradient" not in kept:
+                kept["gradient"] = torch.empty_like(weight)
+            weight.grad = kept["gradient"]
         if x.dtype == weight.dtype:
             torch.addmm(weight.grad, gradient.t(), x, beta=0 if first else 1, out=weight.grad)
         else:

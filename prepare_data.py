@@ -473,13 +473,13 @@ def encode_records(path, name, config, spec, encoding, pool, report):
             report["records"] += 1
             try:
                 messages = to_messages(record, spec)
-                while messages and messages[-1][0] in ("system", "user"):
-                    messages.pop()
-                    report["cut: turns at the end that nobody answered"] += 1
                 kind = KINDS.get(messages[0][0], "conversation") + " with 'response'" * (
                     messages[0][0] == "prompt" and not spec["response_format"] and "completion" not in record)
                 if kind != (first_kind := first_kind or kind):
                     raise UserError(f"a {kind} record among {first_kind} records; prepare each kind by itself")
+                while messages and messages[-1][0] in ("system", "user"):
+                    messages.pop()
+                    report["cut: turns at the end that nobody answered"] += 1
                 if not messages or not any(value.strip() for value in messages[-1][1].values()):
                     report["dropped: no answer"] += 1
                     continue

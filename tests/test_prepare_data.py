@@ -409,3 +409,12 @@ def test_a_url_is_fetched_and_read_like_a_file(tmp_path):
         encoding="bytes", val_fraction=0, test_fraction=0))
     server.shutdown()
     assert meta["source"] == "records.jsonl.gz" and learned(*load(tmp_path / "data")[0]) == "b⏹"
+
+
+def test_turns_that_nobody_answered_are_cut_and_counted(prepare, capsys):
+    asked, answered = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    records = [{"messages": [asked]}, {"messages": [asked, answered, asked]}]
+    (ids, flags), = load(prepare(records, val_fraction=0, test_fraction=0))
+    assert learned(ids, flags) == "x⏹" and bytes(token for token in ids if token != STOP) == b"user\nxassistant\nx"
+    out = capsys.readouterr().out
+    assert "2 cut: turns at the end that nobody answered" in out and "1 dropped: no answer" in out
