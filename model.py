@@ -4,6 +4,7 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Para
 release (wte, wpe, h.0.attn.c_attn ...), and matrices are stored as nn.Linear has them, (out, in): the transpose of
 what Hugging Face's files hold.
 """
+import functools
 import json
 import math
 import os
@@ -39,23 +40,25 @@ class GPTConfig:
 # ---- the network ----------------------------------------------------------------------------------------------------
 
 class Layout(NamedTuple):
-    """How N packed tokens, B sequences end to end, stand in a (B, T) grid, T being the longest."""
+    """How N packed tokens, B sequences end to end and a tail that fills up, stand in a (B, T) grid for attention. The
+    tail's tokens stand in cells that are free, behind the end of a sequence, where causal attention sees none."""
     position: torch.Tensor  # (N,) place within its own sequence
-    index: torch.Tensor | None  # (N,) place in the flattened grid; None where no sequence is shorter than T
+    index: torch.Tensor | None  # (N,) place in the flattened grid; None where they are the same
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor | None = None  # (B, 1, 1, S) the cached keys that each row sees; None: causal attention
 
     @classmethod
-    def of(cls, lengths, device):
+    def of(cls, lengths, device, N=0, T=0):
+        """The layout of sequences of these lengths, with a tail to make N tokens if N is larger, in a grid of width T,
+        if that is."""
         lengths = torch.as_tensor(lengths)
-        B, T = len(lengths), int(lengths.max())
-        start = torch.arange(B).repeat_interleave(lengths)
-        position = torch.arange(int(lengths.sum())) - (lengths.cumsum(0) - lengths)[start]
-        index = None if bool((lengths == T).all()) else (start * T + position).to(device)
-        return cls(position.to(device), index, (B, T))
+        B, T, tail = len(lengths), max(T, int(lengths.max())), max(0, N - int(lengths.sum()))
+        taken = (torch.arange(T) < lengths[:, None]).flatten()  # (B * T,)
+        index = torch.cat([taken.nonzero(), (~taken).nonzero()[:tail]]).squeeze(1)
+        return cls(send(index % T, device), None if bool(taken.all()) else send(index, device), (B, T))
 
     def to_grid(self, x):
-        """(N, C) -> (B, T, C), zeros where a sequence has ended."""
+        """(N, C) -> (B, T, C), zeros where no token stands."""
         B, T = self.shape
         grid = x if self.index is None else x.new_zeros(B * T, x.size(-1)).index_copy(0, self.index, x)
         return grid.view(B, T, -1)
@@ -64,6 +67,16 @@ class Layout(NamedTuple):
         """(B, T, C) -> (N, C)."""
         rows = grid.flatten(0, 1)
         return rows if self.index is None else rows.index_select(0, self.index)
+
+
+def send(x, device):
+    """`x` on this device; to a GPU from pinned memory, so that nobody waits."""
+    pinned = torch.device(device).type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
+
+
+def round_up(n, multiple):
+    return -(-n // multiple) * multiple
 
 
 class Cache(NamedTuple):
@@ -76,35 +89,66 @@ class Cache(NamedTuple):
         return Cache(self.state[:, :, rows], self.lengths[rows])
 
 
+class Kept(dict):
+    """Large buffers by name. On a CPU it takes longer to get such memory anew, page by page, than to fill it."""
+    period = None  # what marks the casts that are still good; None: every use casts anew
+
+    def room(self, name, like, dtype):
+        """A contiguous tensor of `like`'s shape in this dtype, its contents those of the last use."""
+        if name not in self or self[name].dtype != dtype or self[name].numel() < like.numel():
+            self[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+        return self[name][:like.numel()].view_as(like)
+
+    def cast(self, weight, dtype):
+        """`weight` in this dtype; `of` tells whose cast is in the room, which several weights may share."""
+        if weight.dtype == dtype:
+            return weight.detach()
+        marks = id(weight), Kept.period, dtype
+        done = Kept.period and (self.get("of"), self.get("period"), self.get("dtype")) == marks
+        self.update(of=id(weight), period=Kept.period, dtype=dtype)
+        room = self.room("cast", weight, dtype)
+        return room if done else room.copy_(weight.detach())
+
+
+@contextmanager
+def unchanged_weights():
+    """Within it no weight changes, so each is cast once."""
+    Kept.period = object()
+    try:
+        yield
+    finally:
+        Kept.period = None
+
+
 class WrittenLinear(torch.autograd.Function):
-    """F.linear in the dtype of x, whose backward writes the weight's gradient straight into weight.grad. All large
-    tensors are buffers that are kept: on a CPU they are dear to get anew, page by page."""
-    scratch = {}  # by dtype: room for one gradient before it is cast
+    """start + x weight^T in the dtype of x, whose backward writes the weight's gradient straight into kept memory: in
+    bfloat16 if x has it, as the matrix product makes it, and in weight's dtype once several are added up."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, kept, centre):
+    def forward(ctx, x, weight, start, kept, casts):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.kept, ctx.biased = weight, kept, bias is not None
-        return F.linear(x, cast(weight, x.dtype, kept, centre), bias)
+        ctx.weight, ctx.kept, ctx.casts = weight, kept, casts
+        return torch.addmm(start, x, casts.cast(weight, x.dtype).t())
 
     @staticmethod
     def backward(ctx, gradient):
-        (x,), weight, kept, first = ctx.saved_tensors, ctx.weight, ctx.kept, ctx.weight.grad is None
-        grad_bias = gradient.sum(0) if ctx.biased else None
-        grad_x = gradient @ (weight.detach() if x.dtype == weight.dtype else kept["cast"])
+        (x,), weight, kept, casts = ctx.saved_tensors, ctx.weight, ctx.kept, ctx.casts
+        grad_start = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        mine = weight.dtype != x.dtype and casts.get("of") == id(weight)
+        grad_x = gradient @ (casts.room("cast", weight, x.dtype) if mine else casts.cast(weight, x.dtype))
+        first, product = weight.grad is None, kept.room("product", weight, x.dtype)
+        if not first and weight.grad.dtype != weight.dtype:  # this room is needed again
+            weight.grad = kept.room("sum", weight, weight.dtype).copy_(weight.grad)
+        if not first and x.dtype == weight.dtype:
+            weight.grad.addmm_(gradient.t(), x)
+            return grad_x, None, grad_start, None, None
+        torch.mm(gradient.t(), x, out=product)
         if first:
-            if "gradient" not in kept:
-                kept["gradient"] = torch.empty_like(weight)
-            weight.grad = kept["gradient"]
-        if x.dtype == weight.dtype:
-            torch.addmm(weight.grad, gradient.t(), x, beta=0 if first else 1, out=weight.grad)
+            weight.grad_dtype = None  # any
+            weight.grad = product if x.dtype != torch.float16 else kept.room("sum", weight, weight.dtype).copy_(product)
         else:
-            scratch, size = WrittenLinear.scratch, weight.numel()
-            if scratch.get(x.dtype) is None or scratch[x.dtype].numel() < size:
-                scratch[x.dtype] = torch.empty(size, dtype=x.dtype)
-            product = torch.mm(gradient.t(), x, out=scratch[x.dtype][:size].view_as(weight))
-            weight.grad.copy_(product) if first else weight.grad.add_(product)
-        return grad_x, None, grad_bias, None, None
+            weight.grad.add_(product)
+        return grad_x, None, grad_start, None, None
 
 
 def writes_gradient(weight):
@@ -114,25 +158,15 @@ def writes_gradient(weight):
         torch.distributed.is_available() and torch.distributed.is_initialized()) and not torch.compiler.is_compiling()
 
 
-def cast(weight, dtype, kept, centre=False):
-    """`weight` in this dtype, where it has another in a buffer that is kept; `centre`: less the mean of its rows."""
-    if weight.dtype == dtype:
-        return weight.detach()
-    if "cast" not in kept or kept["cast"].dtype != dtype:
-        kept["cast"] = torch.empty_like(weight, dtype=dtype)
-    kept["cast"].copy_(weight.detach())
-    return kept["cast"].sub_(weight.detach().mean(0).to(dtype)) if centre else kept["cast"]
-
-
-def linear(x, weight, bias, kept, centre=False):
-    """x weight^T + bias in the dtype of x; the weights may be kept in a higher one. `centre`: less the mean of its rows
-    where x has 16 bits, which shifts each row of the result by a constant."""
-    bias, centre = None if bias is None else bias.to(x.dtype), centre and x.element_size() == 2
+def linear(x, weight, start, kept, casts):
+    """start + x weight^T in the dtype of x; the weights may be kept in a higher one. x: (N, in), weight: (out, in),
+    start: what broadcasts to (N, out), usually a bias."""
+    start = start.to(x.dtype)
     if writes_gradient(weight):
-        return WrittenLinear.apply(x, weight, bias, kept, centre)
-    if weight.dtype != x.dtype and not torch.is_grad_enabled() and weight.device.type == "cpu":
-        return F.linear(x, cast(weight, x.dtype, kept, centre), bias)
-    return F.linear(x, (weight - weight.mean(0) if centre else weight).to(x.dtype), bias)
+        return WrittenLinear.apply(x, weight, start, kept, casts)
+    if weight.device.type == "cpu" and not (weight.requires_grad and torch.is_grad_enabled()):
+        return torch.addmm(start, x, casts.cast(weight, x.dtype).t())
+    return torch.addmm(start, x, weight.to(x.dtype).t())
 
 
 class Linear(nn.Linear):
@@ -140,10 +174,10 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
-        self.kept = {}
+        self.kept = self.casts = Kept()
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, self.kept)
+        return linear(x, self.weight, self.bias, self.kept, self.casts)
 
 
 class LoraLinear(Linear):
@@ -151,7 +185,7 @@ class LoraLinear(Linear):
 
     def __init__(self, base, rank, alpha, dropout):
         nn.Module.__init__(self)
-        self.weight, self.bias, self.kept = base.weight, base.bias, {}
+        self.weight, self.bias, self.kept, self.casts = base.weight, base.bias, base.kept, base.casts
         self.scale, self.dropout = alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.weight.size(1), device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.weight.size(0), rank, device=base.weight.device))
@@ -206,9 +240,14 @@ def attend(q, k, v, mask, dropout):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
     # written out: on short examples PyTorch's CPU kernel takes four times as long, most of it in backward
     q, k, v = (x.reshape(B * n_head, T, head_dim) for x in (q, k, v))
-    future = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-    weights = torch.baddbmm(future, q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim)).softmax(-1)
+    weights = torch.baddbmm(future(T, q.dtype), q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim)).softmax(-1)
     return torch.bmm(F.dropout(weights, dropout), v).view(B, n_head, T, head_dim)
+
+
+@functools.lru_cache(maxsize=8)
+def future(T, dtype):
+    """(T, T), -inf where a query would see a later key."""
+    return torch.full((T, T), -math.inf, dtype=dtype).triu(1)
 
 
 def embed(weight, idx, positions):
@@ -220,7 +259,9 @@ def embed(weight, idx, positions):
     def add_rows(gradient):
         if weight.grad is None:  # nothing was supervised
             weight.grad = torch.zeros_like(weight)
-        weight.grad.index_add_(0, idx, gradient)
+        tokens, place = idx.unique(return_inverse=True)  # summed by token first: the weight's gradient may be 16-bit
+        rows = gradient.new_zeros(len(tokens), gradient.size(1)).index_add_(0, place, gradient)
+        weight.grad.index_add_(0, tokens, rows.to(weight.grad.dtype))
     x = F.embedding(idx, weight.detach()) + positions
     x.register_hook(add_rows)
     return x
@@ -258,7 +299,7 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
         self.config, self.compute_dtype, self.gradient_checkpointing = config, None, False
-        self.kept = {}  # the head's buffers
+        self.kept = self.casts = Kept()  # the head's
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, which GPT-2 ties to it
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
@@ -282,41 +323,55 @@ class GPT(nn.Module):
                 x = block(x, layout, (cache[0][i], cache[1][i]) if cache is not None else None)
         return self.ln_f(x)
 
-    def head(self):
-        """The output head for many calls of `logits` with the same weights."""
-        weight = self.wte.weight.detach()
-        half = (self.compute_dtype or weight.dtype).itemsize == 2
-        return (weight.float() - weight.float().mean(0)).to(self.compute_dtype or weight.dtype) if half else weight
-
-    def logits(self, x, head=None):
+    def logits(self, x):
         """(N, n_embd) -> (N, vocab_size), in float32 or better. GPT-2's logits lie around -100, where bfloat16 has
         steps of a half: with 16-bit x they are computed about a mean of zero, a shift that softmax does not see."""
-        logits = F.linear(x, head) if head is not None else linear(x, self.wte.weight, None, self.kept, centre=True)
+        weight, start = self.wte.weight, x.new_zeros(1, 1)
+        if x.element_size() == 2:
+            some = weight.detach()[::max(1, len(weight) // 512)].mean(0, dtype=torch.float32)
+            start = -(x.detach().float() @ some)[:, None]
+        logits = linear(x, weight, start, self.kept, self.casts)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def forward(self, idx, targets=None, lengths=None):
+    def forward(self, idx, targets=None, lengths=None, each=False):
         """Logits or, with `targets`, the sum (not the mean) of the losses of all targets that are not IGNORE.
 
         idx: int64 token ids, (B, T); or (N,) with `lengths`: sequences of these lengths end to end, none of which sees
-        another. targets: of idx's shape, the id that follows each token. Returns float32 logits of idx's shape +
-        (vocab_size,), or a float32 scalar; float64 for a float64 model.
+        another. targets: of idx's shape, the id that follows each token; best left on the CPU, where they are counted.
+        Returns float32 logits of idx's shape + (vocab_size,); or a float32 scalar; or, with `each`, the loss of every
+        target that is not IGNORE, in order. float64 for a float64 model.
         """
-        layout = Layout.of(lengths if lengths is not None else [idx.size(1)] * idx.size(0), idx.device)
-        assert layout.shape[1] <= self.config.block_size, f"{layout.shape[1]} tokens exceed the context"
-        x = self.hidden(idx.flatten(), layout)
+        lengths, device = lengths if lengths is not None else [idx.size(1)] * idx.size(0), self.wte.weight.device
+        longest = int(max(lengths))
+        assert longest <= self.config.block_size, f"{longest} tokens exceed the context"
         if targets is None:
-            return self.logits(x).view(*idx.shape, -1)
-        learned = (targets.flatten() != IGNORE).nonzero().squeeze(1)
-        return self.loss(x.index_select(0, learned), targets.flatten().index_select(0, learned))
+            layout = Layout.of(lengths, device)
+            return self.logits(self.hidden(send(idx.flatten(), device), layout)).view(*idx.shape, -1)
+        # every new shape costs the making of kernels, so a tail rounds the tokens up, and unsupervised ones the targets
+        idx, targets, T = idx.flatten(), targets.flatten(), min(round_up(longest, 16), self.config.block_size)
+        N = min(round_up(len(idx), 32), len(lengths) * T)
+        learned = (targets != IGNORE).nonzero().squeeze(1)
+        rows = F.pad(learned, (0, -len(learned) % 32))
+        targets = targets[rows].index_fill_(0, torch.arange(len(learned), len(rows), device=rows.device), IGNORE)
+        x = self.hidden(send(F.pad(idx, (0, N - len(idx))), device), Layout.of(lengths, device, N, T))
+        losses = self.losses(x.index_select(0, send(rows, device)), send(targets, device))
+        return losses[:len(learned)] if each else losses.sum()
 
-    def loss(self, x, targets):
-        """Summed cross-entropy, a slice of rows at a time: the logits of a whole batch of text would not fit."""
-        def slice_loss(x, targets):
-            return F.cross_entropy(self.logits(x), targets, reduction="sum")
-        slices = list(zip(x.split(1024), targets.split(1024), strict=True))
-        if len(slices) == 1:
-            return slice_loss(x, targets)
-        return sum(checkpoint(slice_loss, *one, use_reentrant=False) for one in slices)
+    def losses(self, x, targets):
+        """Cross-entropy of each row, a slice of them at a time: the logits of a whole batch of text would not fit."""
+        def slice_losses(x, targets):
+            return F.cross_entropy(self.logits(x), targets, ignore_index=IGNORE, reduction="none")
+        if len(x) <= 1024:
+            return slice_losses(x, targets)
+        return torch.cat([checkpoint(slice_losses, *one, use_reentrant=False)
+                          for one in zip(x.split(1024), targets.split(1024), strict=True)])
+
+    def share_casts(self):
+        """One room for the casts of all weights: less memory, and every backward casts once more."""
+        shared = Kept()
+        for module in self.modules():
+            if hasattr(module, "casts"):
+                module.casts = shared
 
     # ---- generation ----
 
@@ -352,10 +407,10 @@ class GPT(nn.Module):
         training = self.training
         self.eval()
         try:
-            (x, cache), head = self.prefill(prompts, max_new_tokens), self.head()
+            x, cache = self.prefill(prompts, max_new_tokens)
             rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: ended
             for step in range(max_new_tokens):
-                drawn = draw(self.logits(x, head)[:, :n_vocab], temperature, top_k, top_p, generator)
+                drawn = draw(self.logits(x)[:, :n_vocab], temperature, top_k, top_p, generator)
                 ids = dict(zip(rows, drawn.tolist(), strict=True))
                 yield [ids.get(row) for row in range(len(prompts))]
                 full = (cache.lengths == cache.state.size(4)).tolist()
@@ -374,13 +429,13 @@ class GPT(nn.Module):
     def log_likelihood(self, prompts, answers):
         """The log-probability of each of `answers` (lists of ids) after each of `prompts`, (len(prompts),
         len(answers)), float32: summed over an answer's tokens; every prompt is read once."""
-        (x, cache), head = self.prefill(prompts, max(map(len, answers))), self.head()
+        x, cache = self.prefill(prompts, max(map(len, answers)))
         each = [row for row in range(len(prompts)) for _ in answers]  # a row for every pair
         x, cache, total = x[each], cache.select(each), 0.0
         for step in range(max(map(len, answers))):
             ids = torch.tensor([answer[step] if step < len(answer) else 0 for answer in answers] * len(prompts))
             counts = torch.tensor([float(step < len(answer)) for answer in answers] * len(prompts))
-            log_probabilities = self.logits(x, head).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
+            log_probabilities = self.logits(x).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
             total = total + log_probabilities * counts.to(x.device)
             if step + 1 < max(map(len, answers)):
                 x, cache = self.decode(ids.to(x.device), cache)
@@ -402,13 +457,6 @@ class GPT(nn.Module):
             if isinstance(module, LoraLinear):
                 self.set_submodule(name, module.merged())
         return self.requires_grad_(True)
-
-    def remove_lora(self):
-        """Takes LoRA's updates away again: the base model as it was."""
-        for module in self.modules():
-            if isinstance(module, LoraLinear):
-                module.lora_B.data.zero_()
-        return self.merge_lora()
 
     def save_adapter(self, directory, base):
         """Writes LoRA's updates alone, in PEFT's layout and names; `base` is the name or path of the frozen model."""
@@ -522,6 +570,53 @@ def optimizer_groups(model, weight_decay):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+
+
+class SlicedAdamW(torch.optim.AdamW):
+    """torch's fused AdamW (Loshchilov and Hutter 2019), slice by slice where something rests in bfloat16, so that it is
+    float32 only while it is used: gradients as WrittenLinear leaves them and, with `half_mean`, their running mean."""
+    half_mean, room = False, None
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            whole = []  # (weight, gradient, mean, mean square, step) of those that need no slices
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                 exp_avg_sq=torch.zeros_like(p))
+                if self.half_mean:  # also after load_state_dict, which makes it float32
+                    state["exp_avg"] = state["exp_avg"].bfloat16()
+                state["step"] += 1 - self.found_inf
+                five = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
+                if p.dtype == p.grad.dtype == state["exp_avg"].dtype:
+                    whole.append(five)
+                else:
+                    self.step_in_slices(*five, group=group)
+            if whole:
+                self.update(*zip(*whole, strict=True), group)
+
+    def step_in_slices(self, *tensors, group, size=1 << 20):
+        *tensors, step = tensors
+        if self.room is None:
+            self.room = torch.empty(2, size, device=step.device)
+        for weight, gradient, mean, square in zip(*(x.reshape(-1).split(size) for x in tensors), strict=True):
+            full = self.room[1, :len(mean)].copy_(mean) if self.half_mean else mean
+            self.update([weight], [self.room[0, :len(weight)].copy_(gradient)], [full], [square], [step], group)
+            if self.half_mean:
+                mean.copy_(full)
+
+    def update(self, weights, gradients, means, squares, steps, group):
+        scale = self.grad_scale
+        if weights[0].dtype == torch.float64:  # the kernel reads the scale as float32
+            gradients, scale = [gradient / scale for gradient in gradients], None
+        torch._fused_adamw_(list(weights), list(gradients), list(means), list(squares), [], list(steps),
+                            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], amsgrad=False,
+                            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                            grad_scale=None if scale is None else scale.float(), found_inf=self.found_inf)
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------

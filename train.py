@@ -3,16 +3,19 @@
     python train.py                                                           # the demo: a small GPT from scratch
     python train.py --data_dir=data/instruction-data --init_from=gpt2-medium  # fine-tune OpenAI's weights
     python train.py --resume                                                  # go on where a run in out/ was stopped
+    torchrun --standalone --nproc_per_node=2 train.py                         # on two GPUs, or two CPU processes
 
 A step is a pure function of (data, seed, step): its examples, cut into micro-batches that fit the memory; the sum of
 their losses, divided once by the number of supervised tokens in the whole step.
 """
+import contextlib
 import csv
 import ctypes
 import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
 import signal
 import sys
@@ -20,19 +23,22 @@ import time
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from config import UserError, require, run
-from model import GPT, IGNORE, SIZES, GPTConfig, atomic_file, locate, optimizer_groups
+from model import GPT, IGNORE, SIZES, GPTConfig, SlicedAdamW, atomic_file, locate, optimizer_groups, unchanged_weights
 from prepare_data import FORMAT_VERSION as DATA_VERSION
-from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of
+from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of, status
 
 FORMAT_VERSION = 1  # of ckpt.pt
-RESULTS = ("ckpt.pt", "log.csv", "loss.png", "forget.csv", "best", "last")  # what a run leaves in its out_dir
+RESULTS = ("ckpt.pt", "log.csv", "loss.png", "forget.csv", "examples.csv", "tensorboard", "best",
+           "last")  # what a run leaves in its out_dir
 COLUMNS = ["step", "epoch", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
            "seconds"]
 
@@ -76,11 +82,15 @@ class TrainConfig:
     save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, two minutes apart; 0 = only at the end
     forget_text: str = ""  # a file of ordinary text, watched while fine-tuning; '' = a bundled one, none = no watch
     log_interval: int = 0  # steps between log lines; 0 = about fifty a run
+    hardest: int = 10  # at the end, list this many training examples of highest loss; 0 = none, and no pass over them
+    wandb: bool = False  # log to Weights & Biases too
+    tensorboard: bool = False  # log to out_dir/tensorboard too
     # machine
     device: str = ""  # cpu | cuda | cuda:1 | mps; '' = the best there is
     dtype: str = "auto"  # of activations: auto | float32 | bfloat16 | float16
     compile: str = "auto"  # torch.compile the blocks: auto (where it pays back) | on | off
     gradient_checkpointing: bool = False  # less memory, a third more time
+    low_memory: bool = False  # AdamW's running mean in bfloat16 and weights cast twice: a quarter less, some slower
     seed: int = 1337  # of weights, order and dropout
 
     def __post_init__(self):
@@ -95,20 +105,22 @@ class TrainConfig:
                 **{name: below(name, 0) for name in (
                     "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate",
                     "min_lr", "warmup_steps", "weight_decay", "seed", "grad_clip", "log_interval", "lora_rank",
-                    "lora_alpha")},
+                    "lora_alpha", "hardest")},
                 **{name: below(name, -1) for name in ("eval_interval", "save_interval")},
                 **{name: not 0 <= getattr(self, name) < 1 and f"{getattr(self, name)} is not in [0, 1)"
                    for name in ("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2")},
                 lr_schedule=none_of("lr_schedule", "cosine", "linear", "constant"),
                 dtype=none_of("dtype", "auto", "float32", "bfloat16", "float16", "float64"),
+                **{name: getattr(self, name) and not find_spec(name) and f"needs a package: pip install {name}"
+                   for name in ("wandb", "tensorboard")},
                 overwrite=self.overwrite and self.resume and "goes on with nothing: give it or --resume",
                 compile=none_of("compile", "auto", "on", "off"))
 
 
 # what --resume may change; everything else decides which numbers come out
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens", "epochs", "max_steps", "max_minutes",
-              "eval_interval", "save_interval", "log_interval", "forget_text", "device", "compile",
-              "gradient_checkpointing"}
+              "eval_interval", "save_interval", "log_interval", "forget_text", "device", "compile", "hardest", "wandb",
+              "tensorboard", "gradient_checkpointing"}
 
 
 # ---- data -----------------------------------------------------------------------------------------------------------
@@ -147,6 +159,20 @@ class Shards:
         targets = np.concatenate([np.where(tokens["flags"][1:] & SUPERVISED, tokens["id"][1:].astype(np.int64), IGNORE)
                                   for tokens in examples])
         return torch.from_numpy(idx), torch.from_numpy(targets), self.lengths[indices]
+
+    def batches(self, indices, budget):
+        """This process's share of a step as micro-batches: every so manieth example by length; at least one, perhaps of
+        nothing to learn, since all processes must take part."""
+        rank, processes = place()
+        mine = sorted(indices, key=lambda i: -self.lengths[i])[rank::processes]
+        if len(mine):
+            return [self.batch(group) for group in micro_batches(mine, self.lengths, budget)]
+        idx, targets, lengths = self.batch(indices[:1])
+        return [(idx, targets.fill_(IGNORE), lengths)]
+
+    def supervised(self, indices):
+        """How many targets of these examples the loss counts."""
+        return sum(int(np.count_nonzero(self[i]["flags"][1:] & SUPERVISED)) for i in indices)
 
 
 def load_meta(data_dir):
@@ -270,14 +296,8 @@ def pick_dtype(name, device):
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if device.type != "cpu":
         return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(512, 512, dtype=dtype)
-        for _ in range(4):
-            start = time.perf_counter()
-            x @ x
-            seconds[dtype] = min(seconds.get(dtype, math.inf), time.perf_counter() - start)
-    return torch.bfloat16 if seconds[torch.bfloat16] < 0.7 * seconds[torch.float32] else torch.float32
+    bfloat16, float32 = (matmul_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    return torch.bfloat16 if bfloat16 > 1.4 * float32 else torch.float32
 
 
 def learning_rate_at(step, progress, peak, min_lr, schedule, warmup, total_steps):
@@ -294,15 +314,27 @@ def learning_rate_at(step, progress, peak, min_lr, schedule, warmup, total_steps
 # ---- evaluation -----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def evaluate(model, shards, budget, device):
-    """Mean loss over all supervised tokens of a split: one sum divided by one count, however it is batched."""
+def example_losses(model, shards, budget):
+    """(each example's summed loss, each one's supervised targets), float64 and int64 arrays; zeros for the examples
+    that other processes do."""
+    rank, processes = place()
+    loss, supervised, done = np.zeros(len(shards)), np.zeros(len(shards), np.int64), 0
     model.eval()
-    loss, supervised = 0.0, 0
-    for group in micro_batches(range(len(shards)), shards.lengths, budget):
+    for group in micro_batches(range(len(shards))[rank::processes], shards.lengths, budget):
         idx, targets, lengths = shards.batch(group)
-        loss += model(idx.to(device), targets.to(device), lengths).item()
-        supervised += int((targets != IGNORE).sum())
+        each = model(idx, targets, lengths, each=True).double().cpu().numpy()
+        owner = np.repeat(np.arange(len(group)), lengths)[(targets != IGNORE).numpy()]
+        loss[group] = np.bincount(owner, each, len(group))
+        supervised[group] = np.bincount(owner, minlength=len(group))
+        done += len(group)
+        status(f"  evaluating: {done * processes:,} of {len(shards):,}")
     model.train()
+    return loss, supervised
+
+
+def evaluate(model, shards, budget):
+    """Mean loss over all supervised tokens of a split: one sum divided by one count, however it is batched."""
+    loss, supervised = all_reduce(*(array.sum() for array in example_losses(model, shards, budget)))
     return loss / supervised
 
 
@@ -322,10 +354,10 @@ class Forgetting:
         """Measures, writes forget.csv and returns what to print; '' where there is no text."""
         if not self.text:
             return ""
-        device, loss = model.wte.weight.device, 0.0
+        loss = 0.0
         model.eval()
         for ids, _ in blocks([self.ids], model.config.block_size):
-            ids = torch.tensor(ids, device=device)
+            ids = torch.tensor(ids)
             loss += model(ids[None, :-1], ids[None, 1:]).item()
         model.train()
         bits = loss / math.log(2) / len(self.text.encode())
@@ -338,8 +370,8 @@ class Forgetting:
 class Samples:
     """A few held-out prompts with their answers, to see in plain text what the model has learned so far."""
 
-    def __init__(self, shards, encoding, count=2):
-        self.encoding, self.prompts, self.answers, seen = encoding, [], [], Counter()
+    def __init__(self, shards, encoding, count=5):
+        self.encoding, self.prompts, self.answers, self.before, seen = encoding, [], [], None, Counter()
         for tokens in (shards[i] for i in range(min(40, len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())
@@ -355,24 +387,38 @@ class Samples:
         self.titles = [shorten(" ".join(line for line in own if line.strip() and (seen[line] == 1 or len(lines) == 1)))
                        for own in lines[:count]]  # lines that stand in several prompts are the template's
 
-    def answer(self, model):
-        """One greedy answer to each prompt, as text, cut at the length of the right one plus a little."""
+    def answer(self, model, count):
+        """One greedy answer to each of the first prompts, as ids, cut at the length of the right one plus a little."""
+        prompts, answers = self.prompts[:count], [[] for _ in self.prompts[:count]]
         limit = min(64, max(map(len, self.answers), default=0) + 4)
-        answers = [[] for _ in self.prompts]
-        room = model.config.block_size - max(map(len, self.prompts), default=0)
-        if self.prompts and room > 0:
-            for step in model.generate(self.prompts, min(limit, room), stop=self.encoding.eot_token,
+        room = model.config.block_size - max(map(len, prompts), default=0)
+        if prompts and room > 0:
+            for step in model.generate(prompts, min(limit, room), stop=self.encoding.eot_token,
                                        n_vocab=self.encoding.n_vocab):
                 for answer, token in zip(answers, step, strict=True):
                     answer += [token] if token is not None else []
         return answers
 
+    def text(self, ids):
+        return shorten(self.encoding.decode([token for token in ids if token != self.encoding.eot_token]))
+
     def show(self, model, heading):
+        status("")
         print(f"  {heading}:")
-        for title, answer, expected in zip(self.titles, self.answer(model), self.answers, strict=True):
+        answers = self.answer(model, 2 if self.before else len(self.prompts))
+        self.before = self.before or answers
+        for title, answer, expected in zip(self.titles[:2], answers, self.answers, strict=False):
             right = "  (exact)" if answer == expected else ""
-            text = self.encoding.decode([token for token in answer if token != self.encoding.eot_token])
-            print(f"    {title} -> {shorten(text)!r}{right}", flush=True)
+            print(f"    {title} -> {self.text(answer)!r}{right}", flush=True)
+
+    def table(self, model):
+        """Prints the held-out prompts with the answers before and after."""
+        print("  held-out prompts, before and after:")
+        after = self.answer(model, len(self.prompts))
+        for title, before, now, right in zip(self.titles, self.before or after, after, self.answers, strict=True):
+            print(f"    {title}\n" + f"      before: {self.text(before)!r}\n" * bool(self.before)
+                  + f"      after:  {self.text(now)!r}"
+                  + ("  (exact)" if now == right else f"\n      right:  {self.text(right)!r}"))
 
 
 def shorten(text, width=100):
@@ -454,32 +500,57 @@ def plot(out_dir):
 
 
 class Interrupt:
-    """Within it SIGINT and SIGTERM only set `signum`, so that the step can end and be saved; a second one kills."""
+    """Within it SIGINT and SIGTERM only set `signum`, so that the step can end and be saved; a second one kills. Among
+    several processes it does not: torchrun passes on what the terminal has sent to all of them already."""
 
     def __enter__(self):
-        self.signum = None
+        self.signum = 0
         self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def handle(self, signum, frame):
         self.signum = signum
-        signal.signal(signum, signal.SIG_DFL)
+        if place()[1] == 1:
+            signal.signal(signum, signal.SIG_DFL)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-# ---- the loop -------------------------------------------------------------------------------------------------------
+# ---- processes, memory and speed ------------------------------------------------------------------------------------
 
-def gradients(model, scaler, batches, supervised, device):
-    """Adds the gradient of the step's mean loss to every parameter; returns that loss, a scalar on the device."""
-    total = 0.0
-    for idx, targets, lengths in batches:
-        loss = model(idx.to(device), targets.to(device), lengths) / supervised  # of the whole step: the one division
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
-    return total
+def place():
+    """(this process's rank, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def all_reduce(*numbers, how="SUM"):
+    """Every number's sum (or MAX) over all processes; they travel on the CPU, so that no GPU is waited for."""
+    if place()[1] == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
+    return tensor.tolist()
+
+
+@contextlib.contextmanager
+def joined(device):
+    """Within it, this process is one of those that torchrun started, if it did: only the first one prints, and the
+    cores of a machine are shared out. Yields the device of this process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        with contextlib.redirect_stdout(sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")):
+            yield device
+    finally:
+        dist.destroy_process_group()
 
 
 def keep_freed_memory():
@@ -491,7 +562,80 @@ def keep_freed_memory():
             mallopt(option, value)
 
 
-def warm_up(model, compiled, shards, batch_size, budget, device):
+def matmul_rate(dtype, device):
+    """Multiplications and additions a second, measured on one square matrix product."""
+    n, seconds = (4096 if device.type == "cuda" else 512), math.inf
+    x = torch.ones(n, n, dtype=dtype, device=device)
+    for _ in range(6):
+        x.sum().item()  # waits for the device
+        start = time.perf_counter()
+        (x @ x)[0, 0].item()
+        seconds = min(seconds, time.perf_counter() - start)
+    return 2 * n**3 / seconds
+
+
+def operations(model, tokens, supervised):
+    """Multiplications and additions of the matrices in one step, forward and backward (Chowdhery et al. 2022, "PaLM",
+    appendix B, without attention's): the head sees supervised tokens alone, frozen weights need no gradient."""
+    blocks = sum(p.numel() for block in model.h for p in block.parameters() if p.dim() == 2)
+    return (6 if model.wte.weight.requires_grad else 4) * (blocks * tokens + model.wte.weight.numel() * supervised)
+
+
+def free_memory():
+    """Bytes that this process may still take, where Linux tells; else inf."""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+        return free if limit == "max" else min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def expected_memory(model, learned, tokens, supervised, config):
+    """Bytes that training needs beyond what the process holds already: gradients, AdamW's moments, casts, and the
+    activations of the largest micro-batch."""
+    half, n_layer, n_embd = model.compute_dtype.itemsize == 2, model.config.n_layer, model.config.n_embd
+    each = (2 if half else 4) + (6 if config.low_memory else 8) + (2 if half and not config.low_memory else 0)
+    layers = 1 + n_layer / 8 if config.gradient_checkpointing else n_layer
+    return (learned * each + tokens * layers * n_embd * 20 * model.compute_dtype.itemsize
+            + min(supervised, 1024) * model.config.vocab_size * 14)
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+
+def gradients(model, scaler, batches, supervised):
+    """Adds the gradient of the step's mean loss to every parameter; returns this process's share of that loss, a scalar
+    on the device."""
+    total, processes = 0.0, place()[1]
+    for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+        with model.no_sync() if left and processes > 1 and hasattr(model, "no_sync") else contextlib.nullcontext():
+            loss = model(*batch) / supervised  # of the whole step: the one division
+            scaler.scale(loss * processes).backward()  # of whose gradients DistributedDataParallel takes the mean
+        total = total + loss.detach()
+    return total
+
+
+def update(optimizer, scaler, loss, grad_clip):
+    """One step of the optimizer, the gradient's norm limited to grad_clip; nothing changes where the loss or a gradient
+    is not finite. Returns the norm. Nothing here waits for a GPU."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    scale, bad = (norm / (grad_clip or math.inf)).clamp(min=1), ~(norm + loss).isfinite()
+    if optimizer.defaults["fused"] or isinstance(optimizer, SlicedAdamW):
+        optimizer.grad_scale, optimizer.found_inf = scale, bad.float()
+        optimizer.step()
+    elif not bad:
+        torch._foreach_div_([p.grad for p in parameters], scale)
+        optimizer.step()
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def warm_up(model, compiled, shards, batch_size, budget):
     """Runs the largest micro-batch that the run can meet once, forward and backward: what does not fit fails now, not
     after hours, and torch.compile falls back if it must. Returns the token budget, halved on CUDA until it fits."""
     for block in model.h if compiled else ():
@@ -500,13 +644,13 @@ def warm_up(model, compiled, shards, batch_size, budget, device):
     while True:
         batch = shards.batch(micro_batches(longest, shards.lengths, budget)[0])
         try:
-            gradients(model, torch.amp.GradScaler(enabled=False), [batch], 1, device)
+            gradients(model, torch.amp.GradScaler(enabled=False), [batch], 1)
             return budget
         except torch.OutOfMemoryError:
             budget //= 2
             if budget < shards.lengths.max():
-                raise UserError(f"one example of {shards.lengths.max()} tokens does not fit into the memory of {device}"
-                                ": try --gradient_checkpointing or a smaller model") from None
+                raise UserError(f"one example of {shards.lengths.max()} tokens does not fit into the memory of "
+                                f"{model.wte.weight.device}: try --gradient_checkpointing or a smaller model") from None
             print(f"out of memory: going on with --micro_batch_tokens={budget}")
         except Exception as error:  # the compiler raises many kinds
             if not compiled:
@@ -573,125 +717,225 @@ def save_weights(model, directory, meta, base):
                                **{f"base_{name}": value for name, value in base.items()}}, indent=1).encode())
 
 
+def describe(model, base, plan, config, train, val, dtype, device):
+    """Prints what will be trained, on what, for how long and in how much memory."""
+    total, learned = (sum(p.numel() for p in parameters) for parameters in (
+        model.parameters(), trainable(model).values()))
+    longest = np.sort(train.lengths)[::-1][:config.batch_size]
+    tokens = int(min(longest.sum(), plan.budget))
+    need, free = expected_memory(model, learned, tokens, tokens, config), free_memory()
+    print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
+          + f"{learned / 1e6:,.2f} M of them trainable ({learned / total:.2%}), " * (learned < total)
+          + f"{str(dtype)[6:]} activations on {device}" + f", {place()[1]} processes" * (place()[1] > 1)
+          + f"\n{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
+          f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}"
+          + f"; about {need / 1e9:.1f} GB more memory at most" * (device.type == "cpu"), flush=True)
+    if device.type == "cpu" and need > free:
+        print(f"warning: only {free / 1e9:.1f} GB are free; try " + "--low_memory, " * (not config.low_memory)
+              + "--lora_rank=8, " * (not config.lora_rank and base["name"] != "scratch")
+              + "--gradient_checkpointing, a smaller --micro_batch_tokens or a smaller model", flush=True)
+
+
+class Log:
+    """log.csv, the progress line, and Weights & Biases or tensorboard where they are wanted. A row's loss and norm may
+    still be on their way from a GPU: they are read ten steps at a time, or when somebody wants to see them."""
+
+    def __init__(self, config, plan, out_dir, step, rate):
+        self.plan, self.rate, self.rows, self.skipped, self.in_a_row = plan, rate, [], 0, 0
+        self.path, self.first, self.began, self.trackers = out_dir / "log.csv", step, time.perf_counter(), []
+        if place()[0] == 0:
+            write_rows(self.path, [row for row in read_rows(self.path) if int(row["step"]) <= step])
+            self.trackers = trackers(config, out_dir)
+
+    def add(self, row, work, last):
+        """Takes a step's row, in COLUMNS' order; `work` is its multiplications and additions."""
+        self.rows.append(dict(zip(COLUMNS, row, strict=True)))
+        row, step, plan = self.rows[-1], row[0], self.plan
+        if len(self.rows) < 10 and step % plan.log_interval and step % plan.eval_interval and not last:
+            return
+        for unread in self.rows:
+            unread["train_loss"], unread["grad_norm"] = float(unread["train_loss"]), float(unread["grad_norm"])
+            finite = math.isfinite(unread["train_loss"] + unread["grad_norm"])
+            self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
+        if step % plan.log_interval == 0 or last or self.in_a_row:
+            left = (time.perf_counter() - self.began) / (step - self.first) * (plan.total - step)
+            share = work / row["seconds"] / self.rate
+            status(f"step {step:,}/{plan.total:,}  loss {row['train_loss']:.4f}  lr {row['learning_rate']:.2e}  norm "
+                   f"{row['grad_norm']:.2f}  {row['tokens'] / row['seconds']:,.0f} tokens/s, "
+                   f"{share:.0%} of the matmul rate  {left // 60:.0f}:{left % 60:02.0f} left"
+                   + f"  ({self.skipped} skipped: not finite)" * bool(self.skipped), end=not sys.stdout.isatty())
+
+    def write(self):
+        """Writes the rows that were read."""
+        rows = [row for row in self.rows if isinstance(row["train_loss"], float)]
+        self.rows = self.rows[len(rows):]
+        if place()[0] or not rows:
+            return
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writerows({name: f"{value:.8g}" if isinstance(value, float) else value
+                                                     for name, value in row.items()} for row in rows)
+        for row in rows if self.trackers else ():
+            numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "lr": row["learning_rate"],
+                       "grad_norm": row["grad_norm"], "tokens_per_second": row["tokens"] / row["seconds"]}
+            for track in self.trackers:
+                track({name: value for name, value in numbers.items() if value != ""}, row["step"])
+
+
+def trackers(config, out_dir):
+    """Functions of (numbers by name, step) that log elsewhere."""
+    functions = []
+    if config.wandb:
+        import wandb
+        functions.append(wandb.init(project="nanosft", name=out_dir.name, config=dataclasses.asdict(config)).log)
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(out_dir / "tensorboard")
+        functions.append(lambda numbers, step: [writer.add_scalar(*number, step) for number in numbers.items()])
+    return functions
+
+
+def find_hardest(model, shards, budget, encoding, out_dir, count):
+    """Writes every training example's mean loss to examples.csv, hardest first, and prints the first few: wrong labels
+    and broken records stand among them."""
+    loss, supervised = example_losses(model, shards, budget)
+    if place()[1] > 1:
+        for array in (loss, supervised):
+            dist.all_reduce(torch.from_numpy(array))
+    if place()[0]:
+        return
+    mean = loss / np.maximum(supervised, 1)
+    order = np.argsort(-mean, kind="stable")
+    texts = {int(i): encoding.decode(shards[i]["id"].tolist()) for i in order[:1000]}
+    write_rows(out_dir / "examples.csv", [{"example": i, "loss": f"{mean[i]:.6f}", "supervised_tokens": supervised[i],
+                                           "text": texts.get(int(i), "")} for i in order])
+    status("")
+    print(f"  the hardest training examples (all {len(shards):,} by loss in {out_dir / 'examples.csv'}):")
+    for i in order[:count]:
+        print(f"    {mean[i]:7.3f}  {shorten(' '.join(texts[int(i)].replace('<|endoftext|>', ' ').split()))}")
+
+
 def main(config):
     """Trains as config says, into config.out_dir; returns the numbers that it reached."""
+    with joined(pick_device(config.device)) as device:
+        return train(config, device)
+
+
+def train(config, device):
+    """What main promises, in one of perhaps several processes."""
     config, checkpoint = open_run(config)
-    out_dir, meta = Path(config.out_dir), load_meta(config.data_dir)
+    out_dir, meta, rank = Path(config.out_dir), load_meta(config.data_dir), place()[0]
     check_data(meta, checkpoint, config.data_dir, out_dir)
     torch.manual_seed(config.seed)
-    device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
     dtype = getattr(torch, checkpoint["dtype"]) if checkpoint else pick_dtype(config.dtype, device)
-    train, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
+    shards, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
     model, base = build_model(config, meta, checkpoint)
     model.to(device, torch.float64 if dtype == torch.float64 else torch.float32)
     model.compute_dtype, model.gradient_checkpointing = dtype, config.gradient_checkpointing
     for parameter in model.parameters():
         if not parameter.requires_grad:  # frozen weights need no more precision than they are used in
             parameter.data = parameter.data.to(dtype)
-    plan = Plan.of(config, base, train.lengths, device)
-    optimizer = torch.optim.AdamW(optimizer_groups(model, config.weight_decay), lr=plan.learning_rate,
-                                  betas=(config.beta1, config.beta2), fused=device.type != "mps")
+    if config.low_memory:
+        model.share_casts()
+    plan = Plan.of(config, base, shards.lengths, device)
+    optimizer = (SlicedAdamW if device.type == "cpu" or config.low_memory else torch.optim.AdamW)(
+        optimizer_groups(model, config.weight_decay), lr=plan.learning_rate, betas=(config.beta1, config.beta2),
+        fused=device.type in ("cpu", "cuda"))
+    optimizer.half_mean = config.low_memory
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    first_step, elapsed, best_val_loss, crc = 0, 0.0, math.inf, 0
+    step, elapsed, best_val_loss, crc, first_step = 0, 0.0, math.inf, 0, 0
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        first_step, elapsed, best_val_loss, crc = (
-            checkpoint[name] for name in ("step", "elapsed", "best_val_loss", "crc"))
+        step, elapsed, best_val_loss, crc = (checkpoint[name] for name in ("step", "elapsed", "best_val_loss", "crc"))
+        first_step = step
         if plan.total != checkpoint["total_steps"]:
             print(f"the run now has {plan.total:,} steps instead of {checkpoint['total_steps']:,}: from here on the "
                   "learning rate follows the new length")
         del checkpoint
-    parameters, total = trainable(model), sum(p.numel() for p in model.parameters())
-    learned = sum(p.numel() for p in parameters.values())
-    print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
-          + f"{learned / 1e6:,.2f} M of them trainable ({learned / total:.2%}), " * (learned < total)
-          + f"{str(dtype)[6:]} activations on {device}\n"
-          f"{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
-          f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}", flush=True)
+    describe(model, base, plan, config, shards, val, dtype, device)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
-    budget = warm_up(model, compiled, train, config.batch_size, plan.budget, device)
-    if not config.resume:
+    budget, rank_model = warm_up(model, compiled, shards, config.batch_size, plan.budget), model
+    if place()[1] > 1:
+        rank_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if not config.resume and rank == 0:
         clear(out_dir)
     encoding = get_encoding(meta["encoding"])
-    samples = Samples(val if len(val) else train, encoding)
-    forgetting = Forgetting(config, base, encoding, out_dir, first_step)
-    if first_step == 0:
+    samples = Samples(val if len(val) else shards, encoding)
+    forgetting = Forgetting(config, base, encoding, out_dir, step)
+    if step == 0 and rank == 0:
         samples.show(model, "before training" + forgetting.measure(model, 0))
 
-    step, limit, skipped, train_loss, val_loss = first_step, 60 * config.max_minutes, 0, math.nan, math.nan
-    started, began, saved = time.perf_counter() - elapsed, elapsed, elapsed
-    write_rows(out_dir / "log.csv", [row for row in read_rows(out_dir / "log.csv") if int(row["step"]) <= step])
-    with Interrupt() as interrupt, open(out_dir / "log.csv", "a", newline="", encoding="utf-8") as log_file:
-        log = csv.DictWriter(log_file, COLUMNS)
-        while step < plan.total and not interrupt.signum and not (limit and elapsed >= limit):
+    limit, val_loss, loss, signum, saved, started = (
+        60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
+    log = Log(config, plan, out_dir, step, matmul_rate(dtype, device))
+    with Interrupt() as interrupt:
+        while step < plan.total and not signum and not (limit and elapsed >= limit):
             step_started = time.perf_counter()
             progress = max(step / plan.total, elapsed / limit if limit else 0)
             learning_rate = learning_rate_at(step, progress, plan.learning_rate, config.min_lr, config.lr_schedule,
                                              plan.warmup, plan.total)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout, too, is a function of the step
-            indices = examples_of_step(step, len(train), config.batch_size, config.seed)
-            crc = functools.reduce(lambda crc, i: zlib.crc32(train[i].tobytes(), crc), indices, crc)
-            batches = [train.batch(group) for group in micro_batches(indices, train.lengths, budget)]
-            supervised = sum(int((targets != IGNORE).sum()) for _, targets, _ in batches)
-            total = gradients(model, scaler, batches, supervised, device)
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(parameters.values(), config.grad_clip or math.inf).item()
-            if math.isfinite(grad_norm) or scaler.is_enabled():  # the scaler itself skips what overflowed
-                scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            skipped = 0 if math.isfinite(grad_norm) else skipped + 1
-            step, train_loss, now = step + 1, total.item(), time.perf_counter()
-            elapsed, tokens, seconds = now - started, int(train.lengths[indices].sum()), now - step_started
-            row = dict(zip(COLUMNS, (step, f"{step / plan.epoch:.4f}", f"{train_loss:.8g}", "",
-                                     f"{learning_rate:.6g}", f"{grad_norm:.6g}", tokens, supervised, f"{seconds:.4f}"),
-                           strict=True))
-            last = step == plan.total or limit and elapsed >= limit
-            if step % plan.log_interval == 0 or last or skipped:
-                left = (elapsed - began) / (step - first_step) * (plan.total - step)
-                print(f"step {step:,}/{plan.total:,}  loss {train_loss:.4f}  lr {learning_rate:.2e}  norm "
-                      f"{grad_norm:.2f}  {tokens / seconds:,.0f} tokens/s, {supervised / tokens:.0%} supervised  "
-                      f"{left // 60:.0f}:{left % 60:02.0f} left" + "  skipped: not finite" * bool(skipped), flush=True)
+            torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)  # dropout, too, is a function of the step
+            indices = examples_of_step(step, len(shards), config.batch_size, config.seed)
+            crc = functools.reduce(lambda crc, i: zlib.crc32(shards[i].tobytes(), crc), indices, crc)
+            supervised, tokens = shards.supervised(indices), int(shards.lengths[indices].sum())
+            loss = gradients(rank_model, scaler, shards.batches(indices, budget), supervised)
+            if place()[1] > 1:
+                dist.all_reduce(loss)
+            norm = update(optimizer, scaler, loss, config.grad_clip)
+            step += 1
+            signum, elapsed = all_reduce(interrupt.signum, time.perf_counter() - started, how="MAX")
+            last = step == plan.total or bool(limit) and elapsed >= limit
+            log.add((step, step / plan.epoch, loss, "", learning_rate, norm, tokens, supervised,
+                     time.perf_counter() - step_started), operations(model, tokens, supervised), last or signum)
             if last or step % plan.eval_interval == 0:
-                if len(val):
-                    val_loss = evaluate(model, val, budget, device)
-                    row["val_loss"] = f"{val_loss:.8g}"
-                better = val_loss < best_val_loss or not len(val)  # NaN is never better
-                reached = f", validation loss {val_loss:.4f}" * bool(len(val)) + ", the best so far" * better
-                samples.show(model, f"step {step:,}{reached}{forgetting.measure(model, step)}")
+                with unchanged_weights():
+                    if len(val):
+                        val_loss = log.rows[-1]["val_loss"] = evaluate(model, val, budget)
+                    better = val_loss < best_val_loss or not len(val)  # NaN is never better
+                    reached = f", validation loss {val_loss:.4f}" * bool(len(val)) + ", the best so far" * better
+                    if rank == 0:
+                        samples.show(model, f"step {step:,}{reached}{forgetting.measure(model, step)}")
                 if better:
                     best_val_loss = val_loss
-                    save_weights(model, out_dir / "best", meta, base)
-            log.writerow(row)
-            log_file.flush()
-            if skipped == 10:
+                    if rank == 0:
+                        save_weights(model, out_dir / "best", meta, base)
+            log.write()
+            if log.in_a_row >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
             due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
-            if not skipped and (last or interrupt.signum or due):
+            if not log.in_a_row and (last or signum or due):
                 saved = elapsed
-                save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config), data=identity(meta),
-                                model_config=vars(model.config), base=base, dtype=str(dtype)[6:],
-                                model=trainable(model), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                                best_val_loss=best_val_loss, elapsed=elapsed, crc=crc, total_steps=plan.total)
+                if rank == 0:
+                    save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config),
+                                    data=identity(meta), model_config=vars(model.config), base=base,
+                                    dtype=str(dtype)[6:], model=trainable(model), optimizer=optimizer.state_dict(),
+                                    scaler=scaler.state_dict(), best_val_loss=best_val_loss, elapsed=elapsed, crc=crc,
+                                    total_steps=plan.total)
+            if rank == 0 and (last or signum or step % plan.eval_interval == 0):
                 plot(out_dir)
-    save_weights(model, out_dir / "last", meta, base)
-    if interrupt.signum:
-        print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
-              + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
-        sys.exit(128 + interrupt.signum)
+        if rank == 0:
+            save_weights(model, out_dir / "last", meta, base)
+        if signum:
+            print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
+                  + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
+            sys.exit(128 + int(signum))
     if step == first_step:
         print(f"nothing to do: the run had reached its --max_steps, --epochs or --max_minutes={config.max_minutes:g}; "
               "raise what ended it, 0 for no limit")
+    elif rank == 0:
+        samples.table(model)
+    if config.hardest and step > first_step:
+        with unchanged_weights():
+            find_hardest(model, shards, budget, encoding, out_dir, config.hardest)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))
-    return {"step": step, "train_loss": train_loss, "val_loss": val_loss, "best_val_loss": best_val_loss, "crc": crc,
+    return {"step": step, "train_loss": float(loss), "val_loss": val_loss, "best_val_loss": best_val_loss, "crc": crc,
             "seconds": elapsed}
 
 
