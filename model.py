@@ -91,7 +91,7 @@ class Cache(NamedTuple):
 
 class Kept(dict):
     """Large buffers by name. On a CPU it takes longer to get such memory anew, page by page, than to fill it."""
-    period = None  # what marks the casts that are still good; None: every use casts anew
+    period = None  # within `unchanged_weights`: marks the casts that are still good
 
     def room(self, name, like, dtype):
         """A contiguous tensor of `like`'s shape in this dtype, its contents those of the last use."""
@@ -99,20 +99,13 @@ class Kept(dict):
             self[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self[name][:like.numel()].view_as(like)
 
-    def cast(self, weight, dtype):
-        """`weight` in this dtype; `of` tells whose cast is in the room, which several weights may share."""
-        if weight.dtype == dtype:
-            return weight.detach()
-        marks = id(weight), Kept.period, dtype
-        done = Kept.period and (self.get("of"), self.get("period"), self.get("dtype")) == marks
-        self.update(of=id(weight), period=Kept.period, dtype=dtype)
-        room = self.room("cast", weight, dtype)
-        return room if done else room.copy_(weight.detach())
+
+CASTS = Kept()  # one room for the cast of any weight; "of" tells of which
 
 
 @contextmanager
 def unchanged_weights():
-    """Within it no weight changes, so each is cast once."""
+    """Within it no weight changes and none gets a gradient: each is cast once, into the room of its gradient."""
     Kept.period = object()
     try:
         yield
@@ -120,35 +113,46 @@ def unchanged_weights():
         Kept.period = None
 
 
+def cast(weight, dtype, kept, again=True):
+    """`weight` in this dtype, in a room that the next cast may overwrite; without `again` what is there may do."""
+    if weight.dtype == dtype:
+        return weight.detach()
+    kept, name, mark = (kept, "product", Kept.period) if Kept.period else (CASTS, "cast", None)
+    room, done = kept.room(name, weight, dtype), (id(weight), mark)
+    if kept.get("of") != done or again and not mark:
+        kept["of"] = done
+        room.copy_(weight.detach())
+    return room
+
+
 class WrittenLinear(torch.autograd.Function):
     """start + x weight^T in the dtype of x, whose backward writes the weight's gradient straight into kept memory: in
     bfloat16 if x has it, as the matrix product makes it, and in weight's dtype once several are added up."""
 
     @staticmethod
-    def forward(ctx, x, weight, start, kept, casts):
+    def forward(ctx, x, weight, start, kept):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.kept, ctx.casts = weight, kept, casts
-        return torch.addmm(start, x, casts.cast(weight, x.dtype).t())
+        ctx.weight, ctx.kept = weight, kept
+        return torch.addmm(start, x, cast(weight, x.dtype, kept).t())
 
     @staticmethod
     def backward(ctx, gradient):
-        (x,), weight, kept, casts = ctx.saved_tensors, ctx.weight, ctx.kept, ctx.casts
+        (x,), weight, kept = ctx.saved_tensors, ctx.weight, ctx.kept
         grad_start = gradient.sum(0) if ctx.needs_input_grad[2] else None
-        mine = weight.dtype != x.dtype and casts.get("of") == id(weight)
-        grad_x = gradient @ (casts.room("cast", weight, x.dtype) if mine else casts.cast(weight, x.dtype))
+        grad_x = gradient @ cast(weight, x.dtype, kept, again=False)
         first, product = weight.grad is None, kept.room("product", weight, x.dtype)
         if not first and weight.grad.dtype != weight.dtype:  # this room is needed again
             weight.grad = kept.room("sum", weight, weight.dtype).copy_(weight.grad)
         if not first and x.dtype == weight.dtype:
             weight.grad.addmm_(gradient.t(), x)
-            return grad_x, None, grad_start, None, None
+            return grad_x, None, grad_start, None
         torch.mm(gradient.t(), x, out=product)
         if first:
             weight.grad_dtype = None  # any
             weight.grad = product if x.dtype != torch.float16 else kept.room("sum", weight, weight.dtype).copy_(product)
         else:
             weight.grad.add_(product)
-        return grad_x, None, grad_start, None, None
+        return grad_x, None, grad_start, None
 
 
 def writes_gradient(weight):
@@ -158,14 +162,14 @@ def writes_gradient(weight):
         torch.distributed.is_available() and torch.distributed.is_initialized()) and not torch.compiler.is_compiling()
 
 
-def linear(x, weight, start, kept, casts):
+def linear(x, weight, start, kept):
     """start + x weight^T in the dtype of x; the weights may be kept in a higher one. x: (N, in), weight: (out, in),
     start: what broadcasts to (N, out), usually a bias."""
     start = start.to(x.dtype)
     if writes_gradient(weight):
-        return WrittenLinear.apply(x, weight, start, kept, casts)
+        return WrittenLinear.apply(x, weight, start, kept)
     if weight.device.type == "cpu" and not (weight.requires_grad and torch.is_grad_enabled()):
-        return torch.addmm(start, x, casts.cast(weight, x.dtype).t())
+        return torch.addmm(start, x, cast(weight, x.dtype, kept).t())
     return torch.addmm(start, x, weight.to(x.dtype).t())
 
 
@@ -174,10 +178,10 @@ class Linear(nn.Linear):
 
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out)
-        self.kept = self.casts = Kept()
+        self.kept = Kept()
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias, self.kept, self.casts)
+        return linear(x, self.weight, self.bias, self.kept)
 
 
 class LoraLinear(Linear):
@@ -185,7 +189,7 @@ class LoraLinear(Linear):
 
     def __init__(self, base, rank, alpha, dropout):
         nn.Module.__init__(self)
-        self.weight, self.bias, self.kept, self.casts = base.weight, base.bias, base.kept, base.casts
+        self.weight, self.bias, self.kept = base.weight, base.bias, base.kept
         self.scale, self.dropout = alpha / rank, dropout
         self.lora_A = nn.Parameter(torch.empty(rank, base.weight.size(1), device=base.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(base.weight.size(0), rank, device=base.weight.device))
@@ -299,7 +303,7 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise UserError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
         self.config, self.compute_dtype, self.gradient_checkpointing = config, None, False
-        self.kept = self.casts = Kept()  # the head's
+        self.kept = Kept()  # the head's
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, which GPT-2 ties to it
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
@@ -330,7 +334,7 @@ class GPT(nn.Module):
         if x.element_size() == 2:
             some = weight.detach()[::max(1, len(weight) // 512)].mean(0, dtype=torch.float32)
             start = -(x.detach().float() @ some)[:, None]
-        logits = linear(x, weight, start, self.kept, self.casts)
+        logits = linear(x, weight, start, self.kept)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, idx, targets=None, lengths=None, each=False):
@@ -365,13 +369,6 @@ class GPT(nn.Module):
             return slice_losses(x, targets)
         return torch.cat([checkpoint(slice_losses, *one, use_reentrant=False)
                           for one in zip(x.split(1024), targets.split(1024), strict=True)])
-
-    def share_casts(self):
-        """One room for the casts of all weights: less memory, and every backward casts once more."""
-        shared = Kept()
-        for module in self.modules():
-            if hasattr(module, "casts"):
-                module.casts = shared
 
     # ---- generation ----
 
@@ -574,8 +571,8 @@ def optimizer_groups(model, weight_decay):
 
 class SlicedAdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter 2019), slice by slice where something rests in bfloat16, so that it is
-    float32 only while it is used: gradients as WrittenLinear leaves them and, with `half_mean`, their running mean."""
-    half_mean, room = False, None
+    float32 only while it is used: gradients as WrittenLinear leaves them and, with `half`, both moments."""
+    half, room = False, None
 
     @torch.no_grad()
     def step(self):
@@ -586,10 +583,11 @@ class SlicedAdamW(torch.optim.AdamW):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                 exp_avg_sq=torch.zeros_like(p))
-                if self.half_mean:  # also after load_state_dict, which makes it float32
-                    state["exp_avg"] = state["exp_avg"].bfloat16()
+                    state.update(step=torch.zeros((), device=p.device), **{
+                        name: torch.zeros_like(p, dtype=torch.bfloat16 if self.half else p.dtype)
+                        for name in ("exp_avg", "exp_avg_sq")})
+                for name in ("exp_avg", "exp_avg_sq") if self.half else ():  # load_state_dict has made them float32
+                    state[name] = state[name].bfloat16()
                 state["step"] += 1 - self.found_inf
                 five = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
                 if p.dtype == p.grad.dtype == state["exp_avg"].dtype:
@@ -599,15 +597,17 @@ class SlicedAdamW(torch.optim.AdamW):
             if whole:
                 self.update(*zip(*whole, strict=True), group)
 
-    def step_in_slices(self, *tensors, group, size=1 << 20):
-        *tensors, step = tensors
+    def step_in_slices(self, weight, *others, group, size=1 << 20):
+        *others, step = others
         if self.room is None:
-            self.room = torch.empty(2, size, device=step.device)
-        for weight, gradient, mean, square in zip(*(x.reshape(-1).split(size) for x in tensors), strict=True):
-            full = self.room[1, :len(mean)].copy_(mean) if self.half_mean else mean
-            self.update([weight], [self.room[0, :len(weight)].copy_(gradient)], [full], [square], [step], group)
-            if self.half_mean:
-                mean.copy_(full)
+            self.room = torch.empty(3, size, device=weight.device)
+        for part, *parts in zip(*(x.reshape(-1).split(size) for x in (weight, *others)), strict=True):
+            full = [x if x.dtype == weight.dtype else room[:len(x)].copy_(x)
+                    for x, room in zip(parts, self.room, strict=True)]
+            self.update([part], *([x] for x in full), [step], group)
+            for rest, moment in zip(parts[1:], full[1:], strict=True):
+                if self.half:
+                    rest.copy_(moment)
 
     def update(self, weights, gradients, means, squares, steps, group):
         scale = self.grad_scale

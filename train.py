@@ -90,7 +90,7 @@ class TrainConfig:
     dtype: str = "auto"  # of activations: auto | float32 | bfloat16 | float16
     compile: str = "auto"  # torch.compile the blocks: auto (where it pays back) | on | off
     gradient_checkpointing: bool = False  # less memory, a third more time
-    low_memory: bool = False  # AdamW's running mean in bfloat16 and weights cast twice: a quarter less, some slower
+    low_memory: bool = False  # AdamW's moments in bfloat16: a quarter less memory, some precision
     seed: int = 1337  # of weights, order and dropout
 
     def __post_init__(self):
@@ -113,6 +113,7 @@ class TrainConfig:
                 dtype=none_of("dtype", "auto", "float32", "bfloat16", "float16", "float64"),
                 **{name: getattr(self, name) and not find_spec(name) and f"needs a package: pip install {name}"
                    for name in ("wandb", "tensorboard")},
+                low_memory=self.low_memory and self.beta2 > 0.99 and "needs --beta2=0.99 or less: bfloat16 is coarse",
                 overwrite=self.overwrite and self.resume and "goes on with nothing: give it or --resume",
                 compile=none_of("compile", "auto", "on", "off"))
 
@@ -597,7 +598,7 @@ def expected_memory(model, learned, tokens, supervised, config):
     """Bytes that training needs beyond what the process holds already: gradients, AdamW's moments, casts, and the
     activations of the largest micro-batch."""
     half, n_layer, n_embd = model.compute_dtype.itemsize == 2, model.config.n_layer, model.config.n_embd
-    each = (2 if half else 4) + (6 if config.low_memory else 8) + (2 if half and not config.low_memory else 0)
+    each = (2 if half else 4) + (4 if config.low_memory else 8)
     layers = 1 + n_layer / 8 if config.gradient_checkpointing else n_layer
     return (learned * each + tokens * layers * n_embd * 20 * model.compute_dtype.itemsize
             + min(supervised, 1024) * model.config.vocab_size * 14)
@@ -635,16 +636,19 @@ def update(optimizer, scaler, loss, grad_clip):
     return norm
 
 
-def warm_up(model, compiled, shards, batch_size, budget):
-    """Runs the largest micro-batch that the run can meet once, forward and backward: what does not fit fails now, not
-    after hours, and torch.compile falls back if it must. Returns the token budget, halved on CUDA until it fits."""
+def warm_up(model, optimizer, compiled, shards, batch_size, budget):
+    """Runs the largest micro-batch that the run can meet once, forward and backward, and an optimizer step that changes
+    nothing: what does not fit fails now, not after hours, and torch.compile falls back if it must. The shortest example
+    goes first, so that what stays lies together in memory. Returns the token budget, halved on CUDA until it fits."""
     for block in model.h if compiled else ():
         block.compile(dynamic=True)
-    longest = np.argsort(-shards.lengths, kind="stable")[:batch_size]
+    order = np.argsort(-shards.lengths, kind="stable")
     while True:
-        batch = shards.batch(micro_batches(longest, shards.lengths, budget)[0])
+        largest = micro_batches(order[:batch_size], shards.lengths, budget)[0]
         try:
-            gradients(model, torch.amp.GradScaler(enabled=False), [batch], 1)
+            for indices in (order[-1:], largest):
+                loss = gradients(model, torch.amp.GradScaler(enabled=False), [shards.batch(indices)], 1)
+                update(optimizer, torch.amp.GradScaler(enabled=False), loss * math.nan, 0)
             return budget
         except torch.OutOfMemoryError:
             budget //= 2
@@ -836,13 +840,11 @@ def train(config, device):
     for parameter in model.parameters():
         if not parameter.requires_grad:  # frozen weights need no more precision than they are used in
             parameter.data = parameter.data.to(dtype)
-    if config.low_memory:
-        model.share_casts()
     plan = Plan.of(config, base, shards.lengths, device)
     optimizer = (SlicedAdamW if device.type == "cpu" or config.low_memory else torch.optim.AdamW)(
         optimizer_groups(model, config.weight_decay), lr=plan.learning_rate, betas=(config.beta1, config.beta2),
         fused=device.type in ("cpu", "cuda"))
-    optimizer.half_mean = config.low_memory
+    optimizer.half = config.low_memory
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, elapsed, best_val_loss, crc, first_step = 0, 0.0, math.inf, 0, 0
     if checkpoint:
@@ -856,7 +858,7 @@ def train(config, device):
         del checkpoint
     describe(model, base, plan, config, shards, val, dtype, device)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
-    budget, rank_model = warm_up(model, compiled, shards, config.batch_size, plan.budget), model
+    budget, rank_model = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget), model
     if place()[1] > 1:
         rank_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not config.resume and rank == 0:
