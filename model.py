@@ -168,7 +168,7 @@ def linear(x, weight, start, kept):
     start = start.to(x.dtype)
     if writes_gradient(weight):
         return WrittenLinear.apply(x, weight, start, kept)
-    if weight.device.type == "cpu" and not (weight.requires_grad and torch.is_grad_enabled()):
+    if weight.device.type == "cpu" and not torch.is_grad_enabled():
         return torch.addmm(start, x, cast(weight, x.dtype, kept).t())
     return torch.addmm(start, x, weight.to(x.dtype).t())
 

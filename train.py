@@ -336,7 +336,7 @@ def example_losses(model, shards, budget):
 def evaluate(model, shards, budget):
     """Mean loss over all supervised tokens of a split: one sum divided by one count, however it is batched."""
     loss, supervised = all_reduce(*(array.sum() for array in example_losses(model, shards, budget)))
-    return loss / supervised
+    return float(loss / supervised)
 
 
 class Forgetting:
@@ -624,7 +624,7 @@ def update(optimizer, scaler, loss, grad_clip):
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    scale, bad = (norm / (grad_clip or math.inf)).clamp(min=1), ~(norm + loss).isfinite()
+    scale, bad = ((norm + 1e-6) / (grad_clip or math.inf)).clamp(min=1), ~(norm + loss).isfinite()
     if optimizer.defaults["fused"] or isinstance(optimizer, SlicedAdamW):
         optimizer.grad_scale, optimizer.found_inf = scale, bad.float()
         optimizer.step()
@@ -891,7 +891,7 @@ def train(config, device):
             step += 1
             signum, elapsed = all_reduce(interrupt.signum, time.perf_counter() - started, how="MAX")
             last = step == plan.total or bool(limit) and elapsed >= limit
-            log.add((step, step / plan.epoch, loss, "", learning_rate, norm, tokens, supervised,
+            log.add((step, f"{step / plan.epoch:.4f}", loss, "", learning_rate, norm, tokens, supervised,
                      time.perf_counter() - step_started), operations(model, tokens, supervised), last or signum)
             if last or step % plan.eval_interval == 0:
                 with unchanged_weights():

@@ -65,13 +65,12 @@ def peft_logits(base, adapter):
         return model(IDX).logits
 
 
-def test_live_merged_and_reloaded_agree_and_removing_gives_the_base_back(base, tmp_path):
+def test_live_merged_and_reloaded_agree(base, tmp_path):
     model = lora_model(GPT.from_pretrained(base))
     live = logits(model)
     assert (live - logits(base)).abs().max() > 0.1
     model.save_adapter(tmp_path / "adapter", str(base))
     assert torch.equal(logits(tmp_path / "adapter"), live)
-    assert torch.equal(logits(GPT.from_pretrained(tmp_path / "adapter").remove_lora()), logits(base))
     assert torch.allclose(logits(model.merge_lora()), live, atol=1e-5 * live.std())
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
     model.save_pretrained(tmp_path / "merged")  # the tied head stays tied
@@ -127,7 +126,7 @@ def test_every_update_has_a_gradient_and_the_base_has_neither_gradient_nor_optim
     model = GPT.from_pretrained(base).add_lora(4, 8.0, 0.0, ["c_attn", "c_proj", "c_fc"])
     shards = Shards(fit.data, load_meta(fit.data), "train")
     optimizer = torch.optim.AdamW(optimizer_groups(model, 0.1))
-    train.gradients(model, NO_SCALER, [shards.batch(range(4))], 10, torch.device("cpu"))
+    train.gradients(model, NO_SCALER, [shards.batch(range(4))], 10)
     for name, p in model.named_parameters():
         if "lora_B" in name:
             assert p.grad.norm() > 0, name

@@ -196,8 +196,8 @@ def test_a_model_with_fewer_ids_than_its_encoding_is_refused(tmp_path, gpt2_enco
 
 def test_bfloat16_weights_follow_float32():
     model, idx = tiny().eval(), torch.arange(50)[None]
-    exact, half = model(idx), model.bfloat16()(idx)
-    assert half.dtype == torch.float32 and (half - exact).norm() < 0.05 * exact.norm()
+    exact, half = (logits - logits.mean(-1, keepdim=True) for logits in (model(idx), model.bfloat16()(idx)))
+    assert half.dtype == torch.float32 and (half - exact).norm() < 0.02 * exact.norm()
 
 
 def test_a_half_written_answer_is_gone_on_with(tmp_path, heard, capsys):
