@@ -169,7 +169,12 @@ def linear(x, weight, start, kept):
     if writes_gradient(weight):
         return WrittenLinear.apply(x, weight, start, kept)
     if weight.device.type == "cpu" and not torch.is_grad_enabled():
-        return torch.addmm(start, x, cast(weight, x.dtype, kept).t())
+        weight = cast(weight, x.dtype, kept)
+        if x.dtype == torch.bfloat16 and len(x) == 1:
+            return torch.mv(weight, x[0])[None] + start
+        if x.dtype == torch.bfloat16 and len(x) <= 32 and len(weight) <= 8192:  # on the left it is read as it lies
+            return torch.mm(weight, x.t()).t().contiguous() + start
+        return torch.addmm(start, x, weight.t())
     return torch.addmm(start, x, weight.to(x.dtype).t())
 
 

@@ -686,7 +686,8 @@ class Plan(NamedTuple):
         if config.max_steps:
             total = min(total, config.max_steps) if config.epochs else config.max_steps
         eval_interval = math.ceil(total / 10) if config.eval_interval < 0 else config.eval_interval or total
-        budget = config.micro_batch_tokens or max(2048 if device.type == "cpu" else 16384, longest)
+        usual = min(2048, config.batch_size * longest) if device.type == "cpu" else 16384  # no more than a step holds
+        budget = config.micro_batch_tokens or max(usual, longest)
         if budget < longest:
             raise UserError(f"--micro_batch_tokens={budget} is below the longest example, {longest} tokens: raise it")
         return cls(total, epoch, config.warmup_steps or round(config.warmup_ratio * total), eval_interval,
