@@ -391,7 +391,7 @@ class Samples:
     def answer(self, model, count):
         """One greedy answer to each of the first prompts, as ids, cut at the length of the right one plus a little."""
         prompts, answers = self.prompts[:count], [[] for _ in self.prompts[:count]]
-        limit = min(64, max(map(len, self.answers), default=0) + 4)
+        limit = min(40, max(map(len, self.answers), default=0) + 4)
         room = model.config.block_size - max(map(len, prompts), default=0)
         if prompts and room > 0:
             for step in model.generate(prompts, min(limit, room), stop=self.encoding.eot_token,
@@ -638,17 +638,16 @@ def update(optimizer, scaler, loss, grad_clip):
 
 def warm_up(model, optimizer, compiled, shards, batch_size, budget):
     """Runs the largest micro-batch that the run can meet once, forward and backward, and an optimizer step that changes
-    nothing: what does not fit fails now, not after hours, and torch.compile falls back if it must. The shortest example
-    goes first, so that what stays lies together in memory. Returns the token budget, halved on CUDA until it fits."""
+    nothing: what does not fit fails now, not after hours, and torch.compile falls back if it must. Returns the token
+    budget, halved on CUDA until it fits."""
     for block in model.h if compiled else ():
         block.compile(dynamic=True)
-    order = np.argsort(-shards.lengths, kind="stable")
+    longest = np.argsort(-shards.lengths, kind="stable")[:batch_size]
     while True:
-        largest = micro_batches(order[:batch_size], shards.lengths, budget)[0]
+        largest = micro_batches(longest, shards.lengths, budget)[0]
         try:
-            for indices in (order[-1:], largest):
-                loss = gradients(model, torch.amp.GradScaler(enabled=False), [shards.batch(indices)], 1)
-                update(optimizer, torch.amp.GradScaler(enabled=False), loss * math.nan, 0)
+            loss = gradients(model, torch.amp.GradScaler(enabled=False), [shards.batch(largest)], 1)
+            update(optimizer, torch.amp.GradScaler(enabled=False), loss * math.nan, 0)
             return budget
         except torch.OutOfMemoryError:
             budget //= 2
@@ -868,7 +867,8 @@ def train(config, device):
     samples = Samples(val if len(val) else shards, encoding)
     forgetting = Forgetting(config, base, encoding, out_dir, step)
     if step == 0 and rank == 0:
-        samples.show(model, "before training" + forgetting.measure(model, 0))
+        with unchanged_weights():
+            samples.show(model, "before training" + forgetting.measure(model, 0))
 
     limit, val_loss, loss, signum, saved, started = (
         60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
@@ -930,11 +930,12 @@ def train(config, device):
     if step == first_step:
         print(f"nothing to do: the run had reached its --max_steps, --epochs or --max_minutes={config.max_minutes:g}; "
               "raise what ended it, 0 for no limit")
-    elif rank == 0:
-        samples.table(model)
-    if config.hardest and step > first_step:
+    else:
         with unchanged_weights():
-            find_hardest(model, shards, budget, encoding, out_dir, config.hardest)
+            if rank == 0:
+                samples.table(model)
+            if config.hardest:
+                find_hardest(model, shards, budget, encoding, out_dir, config.hardest)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))
