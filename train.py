@@ -550,6 +550,7 @@ def joined(device):
     try:
         with contextlib.redirect_stdout(sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")):
             yield device
+            dist.barrier()  # none leaves while another still talks
     finally:
         dist.destroy_process_group()
 
