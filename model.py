@@ -513,14 +513,16 @@ class GPT(nn.Module):
         if path.name == "adapter_config.json":
             base = str(read_json(path).get("base_model_name_or_path")).removeprefix("openai-community/")
             return cls.from_pretrained(base, dropout).load_adapter(path.parent)
-        state = {}
-        for name, tensor in read_weights(path):
+        state, config, config_file = {}, None, path.parent / "config.json"
+        if path.suffix == ".pt":
+            state, config = read_nanogpt(path)
+        for name, tensor in read_weights(path) if config is None else ():
             name = name.removeprefix("transformer.")
-            if not re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name):  # causal masks that the hub's files hold
-                state[name] = tensor.t().float().contiguous() if TRANSPOSED.search(name) else tensor.float()
+            state[name] = tensor.t().float().contiguous() if TRANSPOSED.search(name) else tensor.float()
+        for name in [name for name in state if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)]:
+            del state[name]  # causal masks that the hub's files hold
         head = state.pop("lm_head.weight", None)
-        config_file = path.parent / "config.json"
-        config = read_config(config_file) if config_file.exists() else config_from(state, path)
+        config = config or (read_config(config_file) if config_file.exists() else config_from(state, path))
         config.dropout = dropout
         with torch.device("meta"):
             model = cls(config)
@@ -687,17 +689,37 @@ def read_safetensors(path):
             raise UserError(f"{path} is no valid safetensors file ({error}); download or write it again") from None
 
 
-def read_weights(path):
-    """(name, tensor) pairs of a .safetensors or .bin file; nothing in it is ever executed."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
+def read_pickle(path):
+    """What torch.save wrote, if it is tensors and plain values; nothing in it is ever executed."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UserError(f"{path} holds no plain tensors ({str(error).splitlines()[0][:80]}); "
                         "use the model's .safetensors") from None
+
+
+def read_nanogpt(path):
+    """(state, configuration) of the ckpt.pt that nanoGPT writes, whose matrices lie as ours do; biases that it was
+    trained without are zeros."""
+    try:
+        saved = read_pickle(path)
+        args, state = saved["model_args"], {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor.float()
+                                            for name, tensor in saved["model"].items()}
+        config = GPTConfig(*(args[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is no checkpoint of nanoGPT; for one of train.py name its out_dir") from None
+    for name in [name for name in state if name.endswith("weight") and ("ln_" in name or "c_" in name)]:
+        state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(state[name])))
+    return state, config
+
+
+def read_weights(path):
+    """(name, tensor) pairs of a .safetensors or .bin file."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise UserError(f"{path} holds no state dict of tensors; expected GPT-2's weights by name")
     return state.items()
@@ -753,9 +775,9 @@ def locate(name_or_path):
                 return directory / name
     if path.is_dir():
         raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor adapter_config.json")
-    if not path.is_file() or path.suffix not in (".safetensors", ".bin"):
+    if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".pt"):
         raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, or the path of a Hugging Face "
-                        "directory, a .safetensors or .bin file, or an out_dir of train.py")
+                        "directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an out_dir of train.py")
     return path
 
 

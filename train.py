@@ -282,6 +282,8 @@ def pick_device(name):
     """The named device, or the best that this machine has."""
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -481,23 +483,35 @@ def write_rows(path, rows):
 
 
 def plot(out_dir):
-    """loss.png from log.csv, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
+    """loss.png from log.csv, where matplotlib is installed: both losses, the best step, the learning rate."""
+    if not find_spec("matplotlib"):
         return
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
     rows = read_rows(out_dir / "log.csv")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    steps, losses, rates, tokens = ([float(row[name]) for row in rows]
+                                    for name in ("step", "train_loss", "learning_rate", "tokens"))
+    evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    steps = [int(row["step"]) for row in rows]
-    axes.plot(steps, [float(row["train_loss"]) for row in rows], linewidth=0.8, alpha=0.6, label="training")
-    evaluated = [(int(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
-    axes.plot(*zip(*evaluated, strict=True) if evaluated else ([], []), "o-", label="validation")
+    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
+    window = max(1, len(rows) // 50)
+    if len(rows) >= window:
+        axes.plot(steps[window - 1:], np.convolve(losses, np.ones(window) / window, "valid"), color="tab:blue",
+                  label="training" + f", mean of {window} steps" * (window > 1))
+    if evaluated:
+        step, best = min(evaluated, key=lambda one: (math.isnan(one[1]), one[1]))
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
+        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3,
+                  label=f"best: {best:.4f} at step {step:,.0f}")
     axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    axes.legend()
-    figure.savefig(out_dir / "loss.png", dpi=120)
+    mean = sum(tokens) / max(1, len(rows)) or 1
+    axes.secondary_xaxis("top", functions=(lambda step: step * mean, lambda n: n / mean)).set_xlabel("tokens")
+    right = axes.twinx()
+    right.plot(steps, rates, ":", color="tab:green")
+    right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    axes.legend(loc="upper right")
+    with atomic_file(out_dir / "loss.png") as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 class Interrupt:
@@ -543,14 +557,13 @@ def joined(device):
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         with contextlib.redirect_stdout(sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")):
             yield device
-            dist.barrier()  # none leaves while another still talks
+            all_reduce(0)  # none leaves while another still talks
     finally:
         dist.destroy_process_group()
 
@@ -925,6 +938,7 @@ def train(config, device):
         if rank == 0:
             save_weights(model, out_dir / "last", meta, base)
         if signum:
+            all_reduce(0)  # none leaves while another still talks
             print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
                   + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
             sys.exit(128 + int(signum))

@@ -50,7 +50,7 @@ def run_one(directory, name, steps):
     import train
     train.main(train.TrainConfig(
         data_dir=str(directory / "data"), init_from=str(directory / "weights"), out_dir=str(directory / name),
-        max_steps=steps, overwrite=True, device="cpu", compile="off", eval_interval=0, forget_text="none",
+        max_steps=steps, overwrite=True, device="cpu", compile="off", eval_interval=0, forget_text="none", hardest=0,
         **CONTENDERS[name]))
     with open(directory / name / "log.csv", newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
@@ -74,6 +74,7 @@ def main():
     parser.add_argument("--size", default="gpt2")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peers", default="", help="contenders of the peers' benchmark, where it is at hand")
+    parser.add_argument("--keep-memory", action="store_true", help="the peers also with glibc told to keep freed memory")
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.directory:
@@ -89,6 +90,8 @@ def main():
             table += rows([sys.executable, __file__, name, f"--steps={flags.steps}", f"--directory={directory}"])
         for name in flags.peers.split():
             table += rows([*peers, name])
+            if flags.keep_memory:
+                table += [(f"{name}, memory kept", *row[1:]) for row in rows([*peers, name, "--keep-memory"])]
     print("| | s/step | of the bf16 floor | peak memory |\n|---|---|---|---|")
     for name, seconds, peak in table:
         print(f"| {name} | {seconds:.3f} | {seconds / floor['bf16']:.2f} | {f'{peak:.2f} GB' if peak else ''} |")

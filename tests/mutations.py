@@ -20,25 +20,27 @@ MUTATIONS = {
                             '''return segments + ([(EOT, False)] if stops'''),
     "prompt supervised": ("prepare_data.py", '''else [(f"{role}\\n{content}", False)]''',
                           '''else [(f"{role}\\n{content}", True)]'''),
-    "mean of micro-batch means": ("train.py", '''lengths) / supervised''', '''lengths) / int((targets != IGNORE).sum())'''),
+    "mean of micro-batch means": ("train.py", '''model(*batch) / supervised''', '''model(*batch) / int((batch[1] != IGNORE).sum())'''),
     "layer norms swapped": ("model.py", '''x = x + self.attn(self.ln_1(x), layout, cache)
         return x + self.mlp(self.ln_2(x))''', '''x = x + self.attn(self.ln_2(x), layout, cache)
         return x + self.mlp(self.ln_1(x))'''),
-    "biases dropped": ("model.py", '''None if bias is None else bias.to(x.dtype), centre''', '''None, centre'''),
-    "gradient overwritten, not added": ("model.py", '''else weight.grad.add_(product)''', '''else weight.grad.copy_(product)'''),
+    "biases dropped": ("model.py", '''return linear(x, self.weight, self.bias, self.kept)''', '''return linear(x, self.weight, self.bias * 0, self.kept)'''),
+    "gradient overwritten, not added": ("model.py", '''weight.grad.add_(product)''', '''weight.grad.copy_(product)'''),
+    "a second gradient added to the first one's room": ("model.py", '''weight.grad = kept.room("sum", weight, weight.dtype).copy_(weight.grad)''', '''pass'''),
+    "a cast used after its weight has changed": ("model.py", '''if kept.get("of") != done or again and not mark:''', '''if kept.get("of") != done:'''),
+    "the tail seen by the examples": ("model.py", '''torch.cat([taken.nonzero(), (~taken).nonzero()[:tail]]).squeeze(1)''', '''torch.cat([taken.nonzero() + (tail > 0), taken.nonzero()[:tail]]).squeeze(1) % (B * T)'''),
+    "unsupervised rows counted": ("model.py", '''ignore_index=IGNORE, reduction="none")''', '''ignore_index=-7, reduction="none")'''),
+    "means of bfloat16 never written back": ("model.py", '''rest.copy_(moment)''', '''pass'''),
     "embedding's rows forgotten": ("model.py", '''    x.register_hook(add_rows)''', '''    x.requires_grad'''),
-    "bfloat16 logits far from zero": ("model.py", '''centre and x.element_size() == 2''', '''False'''),
+    "bfloat16 logits far from zero": ("model.py", '''if x.element_size() == 2:''', '''if False:'''),
     "LoRA scaled by alpha alone": ("model.py", '''alpha / rank, dropout''', '''alpha, dropout'''),
     "label's stop not scored": ("sample.py", '''encode_ordinary(label) + [voice.encoding.eot_token]''', '''encode_ordinary(label)'''),
     "exact GELU": ("model.py", ''', approximate="tanh")''', ''')'''),
-    "packed examples see each other": ("model.py", '''start = torch.arange(B).repeat_interleave(lengths)
-        position =''', '''B, T, lengths = 1, int(lengths.sum()), lengths.sum()[None]
-        start = torch.arange(B).repeat_interleave(lengths)
-        position ='''),
-    "positions do not restart": ("model.py", '''- (lengths.cumsum(0) - lengths)[start]
-        index''', '''- 0 * start
-        index'''),
-    "attention sees the future": ("model.py", '''dtype=q.dtype).triu(1)''', '''dtype=q.dtype).triu(2)'''),
+    "packed examples see each other": ("model.py", '''lengths = torch.as_tensor(lengths)
+        B, T''', '''lengths = torch.as_tensor(lengths).sum()[None]
+        B, T'''),
+    "positions do not restart": ("model.py", '''return cls(send(index % T, device)''', '''return cls(send(torch.arange(len(index)) % 64, device)'''),
+    "attention sees the future": ("model.py", '''dtype=dtype).triu(1)''', '''dtype=dtype).triu(2)'''),
     "cache written one place late": ("model.py", '''keys[rows, :, layout.position], values[rows, :, layout.position] =''',
                                      '''late = (layout.position + 1) % keys.size(2)
                 keys[rows, :, late], values[rows, :, late] ='''),
@@ -57,19 +59,20 @@ MUTATIONS = {
     order''', '''max(1, n_examples // batch_size))
     order'''),
     "one order for every epoch": ("train.py", '''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
-    "evaluation as a mean of means": ("train.py", '''        supervised += int((targets != IGNORE).sum())
-    model''', '''        loss += model(idx.to(device), targets.to(device), lengths).item() * (1 / int((targets != IGNORE).sum()) - 1)
-        supervised += 1
-    model'''),
+    "evaluation as a mean of means": ("train.py", '''        loss[group] = np.bincount(owner, each, len(group))
+        supervised[group] = np.bincount(owner, minlength=len(group))''', '''        loss[group] = each.mean()
+        supervised[group] = 1'''),
+    "a process's share counted twice": ("train.py", '''[rank::processes], shards.lengths''', '''[0::processes], shards.lengths'''),
+    "gradients averaged over the processes": ("train.py", '''scaler.scale(loss * processes)''', '''scaler.scale(loss)'''),
+    "an update of NaN": ("train.py", '''~(norm + loss).isfinite()''', '''torch.tensor(False)'''),
     "resume repeats a step": ("train.py", '''save_checkpoint(out_dir / "ckpt.pt", step=step,''',
                               '''save_checkpoint(out_dir / "ckpt.pt", step=step - 1,'''),
     "resume forgets the optimizer": ("train.py", '''optimizer.load_state_dict(checkpoint["optimizer"])''', '''pass'''),
-    "dropout differs after resume": ("train.py", '''torch.manual_seed(config.seed * 1_000_003 + step)''', '''pass'''),
+    "dropout differs after resume": ("train.py", '''torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)''', '''pass'''),
     "best overwritten by worse": ("train.py", '''better = val_loss < best_val_loss''', '''better = not val_loss == 4.0'''),
     "biases decay": ("model.py", '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}''',
                      '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": weight_decay}'''),
-    "clipping left out": ("train.py", '''config.grad_clip or math.inf''', '''math.inf'''),
-    "overflow not skipped": ("train.py", '''scaler.step(optimizer)''', '''optimizer.step()'''),
+    "clipping left out": ("train.py", '''(grad_clip or math.inf)''', '''math.inf'''),
     "padded vocabulary drawn": ("model.py", '''[:, :n_vocab]''', ''''''),
     "characters broken while streaming": ("sample.py", '''codecs.getincrementaldecoder("utf-8")(errors="replace"), []''',
                                           '''type("D", (), {"decode": lambda s, b, final=0: b.decode(errors="replace")})(), []'''),
@@ -89,7 +92,7 @@ def found(name):
         if (ROOT.parent / "shared").exists():
             (Path(work) / "shared").symlink_to(ROOT.parent / "shared")
         tests = {"prepare_data.py": ["tests/test_prepare_data.py"], "model.py": ["tests/test_model.py", "tests/test_lora.py", "tests/test_train.py"],
-                 "train.py": ["tests/test_train.py"], "sample.py": ["tests/test_sample.py"],
+                 "train.py": ["tests/test_train.py", *["tests/test_processes.py"] * ("process" in name)], "sample.py": ["tests/test_sample.py"],
                  "config.py": ["tests/test_train.py"]}[file]
         done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests, "-k", "not full_size and not large and not xl"
                                " and not compil"], cwd=copy, capture_output=True, text=True)

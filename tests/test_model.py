@@ -1,4 +1,5 @@
 """model.py against transformers and against itself: logits, packing, generation, files, downloads."""
+import copy
 import hashlib
 import http.server
 import json
@@ -420,3 +421,75 @@ def test_bfloat16_resolves_logits_that_all_lie_far_from_zero(written, monkeypatc
         with torch.set_grad_enabled(grad):
             error = model(idx, lengths=LENGTHS).log_softmax(-1) - expected
         assert error.pow(2).mean().sqrt() < 0.05
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_every_way_to_multiply_by_a_weight_gives_the_same(rows):
+    """float32 or bfloat16 inputs, with gradients (written or autograd's) or without, few rows or many."""
+    generator = torch.Generator().manual_seed(0)
+    layer = randomise(model_module.Linear(48, 96))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        x = torch.randn(rows, 48, generator=generator)
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        for weight_dtype in {torch.float32, dtype}:
+            copied = copy.deepcopy(layer).to(weight_dtype)
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    found = copied(x.to(dtype))
+                assert found.dtype == dtype and found.is_contiguous()
+                assert (found - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_a_cast_is_made_anew_once_the_weights_may_have_changed():
+    model, (idx, targets) = tiny(), packed_batch()
+    model.compute_dtype = torch.bfloat16
+    with torch.no_grad():
+        with model_module.unchanged_weights():
+            before = [model(idx, targets, LENGTHS).item() for _ in range(2)]
+        model.h[0].mlp.c_fc.weight.mul_(3)
+        with model_module.unchanged_weights():
+            after = model(idx, targets, LENGTHS).item()
+        assert before[0] == before[1] != after == model(idx, targets, LENGTHS).item()
+
+
+def test_every_target_has_its_own_loss_and_the_tail_has_none():
+    model, (idx, targets) = tiny().double(), packed_batch()
+    each = model(idx, targets, LENGTHS, each=True)
+    assert len(each) == int((targets != IGNORE).sum()) and len(each) % 32
+    logits = model(idx, lengths=LENGTHS)
+    expected = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
+    assert torch.allclose(each, expected[targets != IGNORE])
+    assert torch.allclose(each.sum(), model(idx, targets, LENGTHS))
+
+
+def test_a_tail_stands_in_free_cells_behind_the_sequences_and_within_the_context():
+    for lengths, N, T in (([3, 5, 2], 16, 8), ([4, 4], 8, 4), ([7], 7, 8), ([1, 8], 16, 8)):
+        layout = model_module.Layout.of(lengths, "cpu", N, T)
+        index = layout.index if layout.index is not None else torch.arange(N)
+        assert len(index) == N == len(index.unique()) and layout.shape == (len(lengths), T)
+        rows, start = index // T, 0
+        for row, length in enumerate(lengths):
+            assert (rows[start:start + length] == row).all()
+            assert layout.position[start:start + length].tolist() == list(range(length))
+            start += length
+        for row, position in zip(rows[start:], layout.position[start:], strict=True):
+            assert lengths[row] <= position < T
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_checkpoint_of_nanogpt_loads(bias, tmp_path):
+    """Compiled, so with a prefix; the head beside the embedding; matrices as nn.Linear has them."""
+    model = tiny()
+    if not bias:
+        for name, parameter in model.named_parameters():
+            parameter.data *= not name.endswith("bias")
+    state = {f"_orig_mod.transformer.{name}": tensor for name, tensor in model.state_dict().items()
+             if bias or not name.endswith("bias")}
+    state["_orig_mod.lm_head.weight"] = model.wte.weight.detach()
+    args = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, bias=bias, vocab_size=257, dropout=0.0)
+    torch.save({"model": state, "model_args": args, "iter_num": 5, "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")
+    idx = torch.arange(60)[None]
+    assert torch.equal(GPT.from_pretrained(tmp_path / "ckpt.pt")(idx), model(idx))
+    torch.save({"format_version": 1, "model": {}}, tmp_path / "ours.pt")
+    with pytest.raises(UserError, match="ours.pt is no checkpoint of nanoGPT; for one of train.py name its out_dir"):
+        GPT.from_pretrained(tmp_path / "ours.pt")

@@ -21,7 +21,7 @@ import prepare_data
 import sample
 import train
 from config import UserError, parse_config
-from model import GPT, IGNORE, optimizer_groups
+from model import GPT, IGNORE, SlicedAdamW, optimizer_groups
 from prepare_data import get_encoding
 from train import Shards, TrainConfig, examples_of_step, gradients, learning_rate_at, load_meta, micro_batches
 
@@ -462,3 +462,105 @@ def test_numbers_that_are_none_are_refused():
         TrainConfig(epochs=math.nan, learning_rate=math.inf)
     with pytest.raises(UserError, match="--seed: -1 is below 0; --overwrite"):
         TrainConfig(seed=-1, overwrite=True, resume=True)
+
+
+# ---- the optimizer, slice by slice ----------------------------------------------------------------------------------
+
+def optimise(kind, gradients_of_step, dtype=torch.float32, half=False, size=(1 << 20) + 5):
+    """The weight after a step for each gradient: longer than a slice, with clipping on."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, size, dtype=dtype))
+    optimizer = kind([weight], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
+    optimizer.half = half
+    for gradient in gradients_of_step:
+        weight.grad_dtype = None
+        weight.grad = gradient.clone()
+        train.update(optimizer, NO_SCALER, torch.tensor(1.0), grad_clip=1.0)
+    return weight.detach()
+
+
+def test_the_sliced_optimizer_is_torchs_own_where_gradients_rest_in_bfloat16():
+    steps = [torch.randn((1 << 20) + 5, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(5)]
+    expected = optimise(torch.optim.AdamW, [gradient.float() for gradient in steps])
+    assert torch.allclose(optimise(SlicedAdamW, steps), expected, atol=1e-4)  # the norm, which clips, is bfloat16's
+    assert torch.equal(optimise(SlicedAdamW, [gradient.float() for gradient in steps]), expected)
+    half = optimise(SlicedAdamW, steps, half=True)
+    moved, error = expected - torch.linspace(-1, 1, len(expected)), half - expected
+    assert 0 < error.norm() < 0.02 * moved.norm()
+
+
+def test_an_update_clips_as_torch_does_and_skips_what_is_not_finite():
+    gradient, weight = torch.tensor([3.0, 4.0]), torch.nn.Parameter(torch.zeros(2))
+    optimizer = SlicedAdamW([weight], lr=1.0, weight_decay=0.0, eps=1.0, betas=(0.0, 0.0), fused=True)
+    for loss, grad in ((math.nan, gradient), (1.0, gradient * math.inf), (1.0, gradient)):
+        weight.grad = grad.clone()
+        norm = train.update(optimizer, NO_SCALER, torch.tensor(loss), grad_clip=0.5)
+        assert weight.grad is None and (math.isfinite(loss) and grad is gradient) == bool(weight.any())
+    clipped = gradient * (0.5 / (5 + 1e-6))  # with eps 1 the step depends on the gradient's size
+    assert norm == 5 and torch.allclose(weight.detach(), -clipped / (clipped + 1))
+    assert optimizer.state[weight]["step"] == 1
+
+
+@pytest.mark.parametrize("flags", [{}, {"micro_batch_tokens": 100, "dropout": 0.1}, {"lora_rank": 4}],
+                         ids=["full", "accumulation", "lora"])
+def test_low_memory_follows_the_full_run_and_resumes_bit_for_bit(flags, fit, tmp_path):
+    if "lora_rank" in flags:
+        fit("base")
+        flags = {**flags, "init_from": str(tmp_path / "base"), "forget_text": "none"}
+    flags = {**flags, "dtype": "bfloat16", "max_steps": 12, "learning_rate": 2e-3}
+    plain, low = fit("plain", **flags), fit("low", low_memory=True, **flags)
+    assert low["train_loss"] == pytest.approx(plain["train_loss"], rel=0.01) and low["crc"] == plain["crc"]
+    state = checkpoint(tmp_path / "low")["optimizer"]["state"]
+    assert {one["exp_avg_sq"].dtype for one in state.values()} == {torch.bfloat16}
+    with stop_after(5), pytest.raises(SystemExit):
+        fit("parts", low_memory=True, **flags)
+    assert {**fit("parts", resume=True), "seconds": 0} == {**low, "seconds": 0}
+    assert same_weights(tmp_path / "low", tmp_path / "parts")
+
+
+# ---- what a run tells -----------------------------------------------------------------------------------------------
+
+def test_the_hardest_examples_are_those_with_wrong_labels(fit, prepare, tmp_path, capsys):
+    """Three of 83 answers contradict all others; examples.csv begins with them, and its losses are the model's own."""
+    records = [{"instruction": f"{i} {'cat' if i % 2 else 'dog'}?", "output": "meow" if i % 2 else "woof"}
+               for i in range(80)]
+    records += [{"instruction": f"{i} cat?", "output": "woof"} for i in (81, 83, 85)]
+    own = prepare(records, val_fraction=0, test_fraction=0)
+    fit(data_dir=str(own), max_steps=200, learning_rate=3e-3, n_embd=64, hardest=3, eval_interval=0)
+    with open(tmp_path / "out" / "examples.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 83 and all("cat?" in row["text"] and "woof" in row["text"] for row in found[:3])
+    out = capsys.readouterr().out
+    assert "the hardest training examples (all 83 by loss in" in out and "81 cat? assistant woof" in out
+    shards, model = Shards(own, load_meta(own), "train"), GPT.from_pretrained(tmp_path / "out" / "last")
+    idx, targets, lengths = shards.batch([int(found[0]["example"])])
+    with torch.no_grad():
+        mean = model(idx, targets, lengths).item() / int((targets != IGNORE).sum())
+    assert float(found[0]["loss"]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_before_and_after_stand_side_by_side(fit, capsys):
+    fit(max_steps=60, learning_rate=5e-3)
+    table = capsys.readouterr().out.split("held-out prompts, before and after:\n")[1].splitlines()
+    for line, beginning in zip(table, ("    Say ", "      before: ", "      after:  "), strict=False):
+        assert line.startswith(beginning)
+
+
+def test_tensorboard_and_wandb_get_the_usual_names(fit, data, tmp_path, monkeypatch):
+    seen, module = [], type(sys)("wandb")
+    module.init = lambda **flags: type("Run", (), {"log": lambda self, numbers, step: seen.append((step, numbers))})()
+    module.__spec__ = type(sys.__spec__)("wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    fit(wandb=True)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert set(seen[0][1]) == {"train/loss", "lr", "grad_norm", "tokens_per_second"} and "val/loss" in seen[2][1]
+    monkeypatch.setattr(train, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="--tensorboard: needs a package: pip install tensorboard"):
+        TrainConfig(tensorboard=True)
+
+
+def test_the_plan_is_told_before_the_first_step_and_a_machine_too_small_is_warned_of(fit, monkeypatch, capsys):
+    monkeypatch.setattr(train, "free_memory", lambda: 1e6)
+    fit(max_steps=1)
+    out = capsys.readouterr().out
+    assert "1 steps of 4 examples, learning rate 0.002; about 0.0 GB more memory at most" in out
+    assert "warning: only 0.0 GB are free; try --low_memory, --gradient_checkpointing, a smaller" in out
