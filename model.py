@@ -543,7 +543,6 @@ class GPT(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         tensors = {f"transformer.{name}": parameter.detach().t() if TRANSPOSED.search(name) else parameter.detach()
                    for name, parameter in self.named_parameters()}
-        write_safetensors(directory / "model.safetensors", tensors)
         config = self.config
         with atomic_file(directory / "config.json") as file:
             file.write(json.dumps({
@@ -553,6 +552,7 @@ class GPT(nn.Module):
                 "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
                 "bos_token_id": config.vocab_size - 1, "eos_token_id": config.vocab_size - 1,
                 "tie_word_embeddings": True, "torch_dtype": "float32"}, indent=1).encode())
+        write_safetensors(directory / "model.safetensors", tensors)  # last: no weights without their config
 
 
 def draw(logits, temperature, top_k, top_p, generator):
@@ -634,11 +634,22 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 @contextmanager
+def opened(path, mode, **options):
+    """A file to write; where that fails, the error tells its name, as the system's own does not."""
+    try:
+        with open(path, mode, **options) as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path):
     """A binary file that takes the place of `path` once it is written and synced; on an error nothing is left of it."""
     temporary = Path(path).with_name(f"{Path(path).name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with opened(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -13,6 +13,8 @@ import csv
 import ctypes
 import dataclasses
 import functools
+import gc
+import io
 import json
 import math
 import os
@@ -32,7 +34,18 @@ import torch
 import torch.distributed as dist
 
 from config import UserError, require, run
-from model import GPT, IGNORE, SIZES, GPTConfig, SlicedAdamW, atomic_file, locate, optimizer_groups, unchanged_weights
+from model import (
+    GPT,
+    IGNORE,
+    SIZES,
+    GPTConfig,
+    SlicedAdamW,
+    atomic_file,
+    locate,
+    opened,
+    optimizer_groups,
+    unchanged_weights,
+)
 from prepare_data import FORMAT_VERSION as DATA_VERSION
 from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of, status
 
@@ -268,10 +281,12 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def clear(out_dir):
-    """Makes out_dir and removes what an earlier run left in it."""
+def clear(out_dir, names=RESULTS):
+    """Makes out_dir and removes what an earlier run left in it: these names, and what it was writing when it died."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for name in RESULTS:
+    for path in out_dir.rglob("*.[0-9]*.tmp"):
+        path.unlink()
+    for name in names:
         if (out_dir / name).is_dir():
             shutil.rmtree(out_dir / name)
         else:
@@ -350,7 +365,7 @@ class Forgetting:
         if (path := str(config.forget_text or bundled)) != "none":
             self.text = Path(path).read_text(encoding="utf-8", errors="replace")
             self.ids = [encoding.eot_token, *encoding.encode_ordinary(self.text)]
-            self.rows = [row for row in read_rows(self.path) if int(row["step"]) <= step]
+            self.rows = [row for row in read_rows(self.path) if int(row["step"]) <= step > 0]
 
     @torch.no_grad()
     def measure(self, model, step):
@@ -436,8 +451,9 @@ def save_checkpoint(path, **state):
     try:
         with atomic_file(path) as file:
             torch.save({"format_version": FORMAT_VERSION, **state}, file)
-    except RuntimeError as error:  # torch's word for a failed write
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0][:80]}); is the disk full?") from None
+    except RuntimeError as error:  # torch's, in the midst of a failed write
+        reason = str(error.__context__ or error).splitlines()[0][:80]
+        raise UserError(f"cannot write {path} ({reason}); is the disk full?") from None
 
 
 def load_checkpoint(path):
@@ -476,10 +492,12 @@ def read_rows(path):
 
 
 def write_rows(path, rows):
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]) if rows else COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def plot(out_dir):
@@ -487,6 +505,7 @@ def plot(out_dir):
     if not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
+    gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
     rows = read_rows(out_dir / "log.csv")
     steps, losses, rates, tokens = ([float(row[name]) for row in rows]
                                     for name in ("step", "train_loss", "learning_rate", "tokens"))
@@ -724,15 +743,16 @@ def open_run(config):
 
 def save_weights(model, directory, meta, base):
     """Hugging Face's layout or, under LoRA, PEFT's; with the prompt's wording, so that it can be moved alone."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(directory / "prompt.json") as file:  # first: where there are weights, all that they need is there
+        file.write(json.dumps({**meta["prompt"], "encoding": meta["encoding"],
+                               **{f"base_{name}": value for name, value in base.items()}}, indent=1).encode())
     if "sha256" in base:
         path = locate(base["name"])
         model.save_adapter(directory, f"openai-community/{base['name']}" if base["name"] in SIZES else str(
             (path.parent if (path.parent / "config.json").exists() else path).resolve()))
     else:
         model.save_pretrained(directory)
-    with atomic_file(directory / "prompt.json") as file:
-        file.write(json.dumps({**meta["prompt"], "encoding": meta["encoding"],
-                               **{f"base_{name}": value for name, value in base.items()}}, indent=1).encode())
 
 
 def describe(model, base, plan, config, train, val, dtype, device):
@@ -765,11 +785,13 @@ class Log:
             write_rows(self.path, [row for row in read_rows(self.path) if int(row["step"]) <= step])
             self.trackers = trackers(config, out_dir)
 
-    def add(self, row, work, last):
-        """Takes a step's row, in COLUMNS' order; `work` is its multiplications and additions."""
+    def add(self, row, work, last, due):
+        """Takes a step's row, in COLUMNS' order; `work` is its multiplications and additions. What a checkpoint that is
+        `due` proves finished must stand in log.csv."""
         self.rows.append(dict(zip(COLUMNS, row, strict=True)))
         row, step, plan = self.rows[-1], row[0], self.plan
-        if len(self.rows) < 10 and step % plan.log_interval and step % plan.eval_interval and not last:
+        if len(self.rows) < 10 and step % plan.log_interval and step % plan.eval_interval and not (
+                last or due):
             return
         for unread in self.rows:
             unread["train_loss"], unread["grad_norm"] = float(unread["train_loss"]), float(unread["grad_norm"])
@@ -789,7 +811,7 @@ class Log:
         self.rows = self.rows[len(rows):]
         if place()[0] or not rows:
             return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with opened(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerows({name: f"{value:.8g}" if isinstance(value, float) else value
                                                      for name, value in row.items()} for row in rows)
         for row in rows if self.trackers else ():
@@ -875,11 +897,11 @@ def train(config, device):
     budget, rank_model = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget), model
     if place()[1] > 1:
         rank_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if not config.resume and rank == 0:
-        clear(out_dir)
     encoding = get_encoding(meta["encoding"])
     samples = Samples(val if len(val) else shards, encoding)
     forgetting = Forgetting(config, base, encoding, out_dir, step)
+    if rank == 0:  # now that nothing of the user's can be wrong any more
+        clear(out_dir, () if config.resume else RESULTS)
     if step == 0 and rank == 0:
         with unchanged_weights():
             samples.show(model, "before training" + forgetting.measure(model, 0))
@@ -906,8 +928,9 @@ def train(config, device):
             step += 1
             signum, elapsed = all_reduce(interrupt.signum, time.perf_counter() - started, how="MAX")
             last = step == plan.total or bool(limit) and elapsed >= limit
+            due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
             log.add((step, f"{step / plan.epoch:.4f}", loss, "", learning_rate, norm, tokens, supervised,
-                     time.perf_counter() - step_started), operations(model, tokens, supervised), last or signum)
+                     time.perf_counter() - step_started), operations(model, tokens, supervised), last or signum, due)
             if last or step % plan.eval_interval == 0:
                 with unchanged_weights():
                     if len(val):
@@ -924,7 +947,6 @@ def train(config, device):
             if log.in_a_row >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
-            due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
             if not log.in_a_row and (last or signum or due):
                 saved = elapsed
                 if rank == 0:
