@@ -333,6 +333,38 @@ def test_a_write_that_fails_ends_the_run_in_one_line_and_keeps_the_checkpoint(wh
     goes_on(command, tmp_path / "out", saved[1], saved[0], code, err, name)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_log_that_cannot_be_written_anew_stays_as_it_was(tmp_path, command, monkeypatch):
+    command(out_dir=tmp_path / "out")
+    before = snapshot(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(model_module, "open", lambda path, *args, **options: open(
+            "/dev/full" if "log.csv" in str(path) else path, *args, **options), raising=False)
+        code, err = command(out_dir=tmp_path / "out", resume=True, max_steps=9)
+    assert code == 1 and len(err) == 1 and "log.csv" in err[0] and snapshot(tmp_path / "out") == before
+
+
+def test_a_checkpoints_steps_all_stand_in_the_log_though_no_line_was_due(tmp_path, command, monkeypatch):
+    def die():
+        raise MemoryError
+    after_first_save(monkeypatch, die)
+    with pytest.raises(MemoryError):
+        command(out_dir=tmp_path / "out", save_interval=7, eval_interval=0, log_interval=100, max_steps=50)
+    assert checkpoint(tmp_path / "out")["step"] == 7 and steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(lora_rank=4)], ids=["full", "lora"])
+def test_where_there_are_weights_all_that_they_need_is_there(flags, tmp_path, command, monkeypatch):
+    """What makes a directory a model is renamed into it last: a run killed before leaves none, not a wrong one."""
+    tiny(block_size=128).save_pretrained(tmp_path / "base")
+    done, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(str(new)) or replace(old, new))
+    command(out_dir=tmp_path / "out", init_from=tmp_path / "base", forget_text="none", **flags)
+    best = [os.path.basename(path) for path in done if "/best/" in path]
+    size = len({*best})
+    assert size == 3 and {*best[size - 1::size]} == {"adapter_config.json" if flags else "model.safetensors"}
+
+
 def test_a_directory_that_cannot_be_written_gets_one_line(tmp_path, command, disk):
     command(out_dir=disk / "out")
     before = snapshot(disk)
