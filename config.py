@@ -18,6 +18,11 @@ import sys
 class UserError(ValueError):
     """A mistake of the user's: one line that names the flag, file or line, the value and the remedy."""
 
+    def __init__(self, message):
+        if len(message) > 1000:  # a long value hides no remedy
+            message = f"{message[:500]} ... {message[-400:]}"
+        super().__init__("".join(char if char.isprintable() else " " for char in message))
+
 
 def refuse(message):
     raise UserError(message)

@@ -484,20 +484,30 @@ class GPT(nn.Module):
                  "revision", "runtime_config", "megatron_core", "qalora_group_size"}
         for name, value in values.items():
             if name not in plain and value and (name, value) not in (("bias", "none"), ("init_lora_weights", True)):
-                raise UserError(f"{directory}: the adapter's option {name}={value!r} is not supported")
+                raise UserError(f"{directory}: the adapter's option {name}={value!r} is not supported; merge it into "
+                                "its base with peft")
+        rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout", 0.0)
+        if type(rank) is not int or rank < 1 or not all(type(number) in (int, float) and 0 <= number < limit
+                                                        for number, limit in ((alpha, math.inf), (dropout, 1))):
+            raise UserError(f"{directory}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r} in "
+                            "adapter_config.json make no adapter; write or download it again")
         found = {}
         for name, tensor in read_safetensors(Path(directory) / "adapter_model.safetensors"):
             match = re.fullmatch(r"base_model\.model\.transformer\.(.+)\.(lora_[AB])\.weight", name)
             if not match:
-                raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update of GPT-2")
+                raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update of GPT-2; expected "
+                                "lora_A and lora_B of its layers alone")
             found[match[1], match[2]] = tensor
-        modules, rank, alpha = dict(self.named_modules()), values.get("r", 0), values.get("lora_alpha", 0)
+        if not found:
+            raise UserError(f"{directory}: the adapter holds no updates; write or download it again")
+        modules = dict(self.named_modules())
         for path in sorted({path for path, _ in found}):
             base, A, B = modules.get(path), found.get((path, "lora_A")), found.get((path, "lora_B"))
             if not isinstance(base, Linear) or A is None or B is None or (
                     (*A.shape, *B.shape) != (rank, base.weight.size(1), base.weight.size(0), rank)):
-                raise UserError(f"{directory}: the adapter's {path} does not fit this model or its rank {rank}")
-            module = LoraLinear(base, rank, alpha, values.get("lora_dropout", 0.0))
+                raise UserError(f"{directory}: the adapter's {path} does not fit this model or its rank {rank}; name "
+                                "the base that it was trained on")
+            module = LoraLinear(base, rank, alpha, dropout)
             module.lora_A.data, module.lora_B.data = (x.to(base.weight.device, torch.float32) for x in (A, B))
             self.set_submodule(path, module)
         return self
@@ -511,19 +521,24 @@ class GPT(nn.Module):
         comes on its base). float32."""
         path = locate(str(name_or_path))
         if path.name == "adapter_config.json":
-            base = str(read_json(path).get("base_model_name_or_path")).removeprefix("openai-community/")
+            base = base_of(path)
+            if locate(base).name == path.name:
+                raise UserError(f"{path}: the base {base} is itself an adapter; name plain weights there")
             return cls.from_pretrained(base, dropout).load_adapter(path.parent)
         state, config, config_file = {}, None, path.parent / "config.json"
         if path.suffix == ".pt":
             state, config = read_nanogpt(path)
         for name, tensor in read_weights(path) if config is None else ():
             name = name.removeprefix("transformer.")
-            state[name] = tensor.t().float().contiguous() if TRANSPOSED.search(name) else tensor.float()
+            if name in state:
+                raise UserError(f"{path} holds {name} twice, once as transformer.{name}; download or write it again")
+            turned = TRANSPOSED.search(name) and tensor.dim() == 2
+            state[name] = tensor.t().float().contiguous() if turned else tensor.float()
         for name in [name for name in state if re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias", name)]:
             del state[name]  # causal masks that the hub's files hold
         head = state.pop("lm_head.weight", None)
         config = config or (read_config(config_file) if config_file.exists() else config_from(state, path))
-        config.dropout = dropout
+        config.dropout, config.n_layer = dropout, min(config.n_layer, len(state) + 1)  # enough to miss some
         with torch.device("meta"):
             model = cls(config)
         expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -681,14 +696,19 @@ def read_safetensors(path):
         if not true:
             raise ValueError(message)
 
+    def unique(pairs):
+        check(len(dict(pairs)) == len(pairs), "its header holds a name twice")
+        return dict(pairs)
+
     with open(path, "rb") as file:
         try:
             length = int.from_bytes(file.read(8), "little")
             check(2 <= length <= size - 8, "its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=unique)
             header.pop("__metadata__", None)
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+                check(dtype, f"{name} is of the unknown dtype {entry['dtype']}")
                 check(all(type(n) is int and n >= 0 for n in [*shape, start, stop]), f"{name} has a negative size")
                 check(start == end and stop - start == math.prod(shape) * dtype.itemsize, f"{name} has a false offset")
                 check(8 + length + stop <= size, f"it ends before {name} does")
@@ -696,7 +716,7 @@ def read_safetensors(path):
                 file.readinto(tensor.view(-1).view(torch.uint8).numpy())
                 yield name, tensor
             check(8 + length + end == size, "it holds more than its header says")
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # the last is torch's
             raise UserError(f"{path} is no valid safetensors file ({error}); download or write it again") from None
 
 
@@ -707,7 +727,7 @@ def read_pickle(path):
     except OSError:
         raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} holds no plain tensors ({str(error).splitlines()[0][:80]}); "
+        raise UserError(f"{path} holds no plain tensors ({type(error).__name__}); "
                         "use the model's .safetensors") from None
 
 
@@ -719,10 +739,11 @@ def read_nanogpt(path):
         args, state = saved["model_args"], {name.removeprefix("_orig_mod.").removeprefix("transformer."): tensor.float()
                                             for name, tensor in saved["model"].items()}
         config = GPTConfig(*(args[name] for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")))
+        config = checked(config, path)
+        for name in [name for name in state if name.endswith("weight") and ("ln_" in name or "c_" in name)]:
+            state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(state[name])))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no checkpoint of nanoGPT; for one of train.py name its out_dir") from None
-    for name in [name for name in state if name.endswith("weight") and ("ln_" in name or "c_" in name)]:
-        state.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(state[name])))
     return state, config
 
 
@@ -731,7 +752,8 @@ def read_weights(path):
     if path.suffix == ".safetensors":
         return read_safetensors(path)
     state = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()):
         raise UserError(f"{path} holds no state dict of tensors; expected GPT-2's weights by name")
     return state.items()
 
@@ -740,39 +762,57 @@ def read_json(path):
     """A JSON file that holds an object."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return values if isinstance(values, dict) else {}
-    except ValueError:
-        raise UserError(f"{path} is no JSON; download or write it again") from None
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object; download or write it again")
+    return values
+
+
+def base_of(path):
+    """The name or path of the base that an adapter_config.json names."""
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: base_model_name_or_path is {base!r}; write there which weights it was trained on")
+    return base.removeprefix("openai-community/")
+
+
+def checked(config, path):
+    """A configuration that was read from this file, if its numbers can be GPT-2's."""
+    for name, number in vars(config).items():
+        if name != "dropout" and (type(number) is not int or not 0 < number < 1 << 24):
+            raise UserError(f"{path} is no GPT-2 configuration: {name} is {number!r}; download or write it again")
+    if config.n_embd % config.n_head:
+        raise UserError(f"{path}: n_embd={config.n_embd} is no multiple of n_head={config.n_head}; correct it")
+    return config
 
 
 def read_config(path):
     """A Hugging Face config.json as GPTConfig; UserError for what is not GPT-2 as this file defines it."""
-    try:
-        values = read_json(path)
-        config = GPTConfig(values.get("n_positions", 1024), values.get("vocab_size", 50257), values["n_layer"],
-                           values["n_head"], values["n_embd"])
-        assert all(type(n) is int and n > 0 for n in list(vars(config).values())[:-1])
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-        raise UserError(f"{path} is no GPT-2 configuration (n_layer, n_head, n_embd ...)") from None
+    values = read_json(path)
+    numbers = (values.get(name) for name in ("n_layer", "n_head", "n_embd"))
+    config = checked(GPTConfig(values.get("n_positions", 1024), values.get("vocab_size", 50257), *numbers), path)
     only = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None,
             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True,
             "add_cross_attention": False}
     for name, value in only.items():
         if values.get(name, value) not in (value, 4 * config.n_embd if name == "n_inner" else value):
-            raise UserError(f"{path}: {name} is {values[name]!r}; only GPT-2's own {value!r} is supported")
+            raise UserError(f"{path}: {name} is {values[name]!r}; only GPT-2's own {value!r} is supported: take a "
+                            "GPT-2")
     return config
 
 
 def config_from(state, path):
     """The configuration that a weights file without config.json implies; every GPT-2 has heads of 64."""
     try:
-        (vocab_size, n_embd), block_size = state["wte.weight"].shape, len(state["wpe.weight"])
-    except KeyError:
-        raise UserError(f"{path} holds no GPT-2: wte.weight and wpe.weight are not in it") from None
-    n_layer = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("h.")), default=-1)
+        (vocab_size, n_embd), (block_size, _) = state["wte.weight"].shape, state["wpe.weight"].shape
+        n_layer = 1 + max((int(name.split(".")[1]) for name in state if name.startswith("h.")), default=-1)
+    except (KeyError, ValueError):
+        raise UserError(f"{path} holds no GPT-2: expected the matrices wte.weight and wpe.weight and layers h.0, h.1 "
+                        "...") from None
     if n_embd % 64:
         raise UserError(f"{path}: n_embd={n_embd} is no multiple of 64; put the model's config.json beside it")
-    return GPTConfig(block_size, vocab_size, n_layer, n_embd // 64, n_embd)
+    return checked(GPTConfig(block_size, vocab_size, n_layer, n_embd // 64, n_embd), path)
 
 
 def locate(name_or_path):

@@ -128,18 +128,24 @@ def read_records(path, name):
     except UserError:
         raise
     except UNREADABLE as error:
-        raise UserError(f"{name}, after {place}: {error}; expected UTF-8 {kind[1:]}") from None
+        raise UserError(f"{name}, in or after {place}: {error}; save or download it again as UTF-8 "
+                        f"{kind[1:]}") from None
+
+
+def beginning(value):
+    """The first characters of a value of any size and depth, as JSON."""
+    return "".join(islice(json.JSONEncoder().iterencode(value), 40))[:40]
 
 
 def text_of(fields, key):
     """A field's text; numbers are written out, and anything else is refused by name."""
     if key not in fields:
-        raise UserError(f"{key!r} is missing; the fields are {', '.join(map(repr, fields))}")
+        raise UserError(f"{key!r} is missing; the fields are {', '.join(map(repr, fields)) or 'none'}")
     value = fields[key]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:  # NaN is no text
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{key!r} must be text, not {json.dumps(value, default=str)[:40]}")
+        raise UserError(f"{key!r} must be text, not {beginning(value)}")
     return value
 
 
@@ -147,7 +153,7 @@ def fill(template, fields, flag):
     """`template` with every {name} replaced by that field's text and nothing else; UserError for an unknown name."""
     def value(match):
         if match[1] not in fields:
-            raise UserError(f"--{flag} names {{{match[1]}}}; the columns are {', '.join(map(str, fields))}")
+            raise UserError(f"--{flag} names {{{match[1]}}}; the columns are {', '.join(map(str, fields)) or 'none'}")
         return text_of(fields, match[1])
     return NAME.sub(value, template)
 
@@ -158,7 +164,8 @@ def conversation(turns, role_key, content_key):
         raise UserError(f"a conversation is a list of {{{role_key!r}: ..., {content_key!r}: ...}} objects")
     messages = []
     for turn in turns:
-        role = {"human": "user", "gpt": "assistant"}.get(turn.get(role_key), turn.get(role_key))
+        role = text_of(turn, role_key)
+        role = {"human": "user", "gpt": "assistant"}.get(role, role)
         if role not in ("system", "user", "assistant"):
             raise UserError(f"the role {role!r} is none of system, user, assistant (human, gpt)")
         messages.append((role, {"content": text_of(turn, content_key)}))
@@ -172,7 +179,7 @@ def to_messages(record, spec, answered=True):
     and assistant; prompt and completion for what is rendered as it is; text.
     """
     if not isinstance(record, dict):
-        raise UserError(f"a record is an object with named fields, not {json.dumps(record)[:40]}")
+        raise UserError(f"a record is an object with named fields, not {beginning(record)}")
     if spec["response_format"]:
         if spec["template"] == "text":
             return [("text", {"text": fill(spec["response_format"], record, "response_format")})]
@@ -268,7 +275,7 @@ def get_encoding(name):
         return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={"<|endoftext|>": 256},
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     if name not in tiktoken.list_encoding_names():
-        raise UserError(f"--encoding: {name!r} is none of bytes, {', '.join(tiktoken.list_encoding_names())}")
+        raise UserError(f"encoding={name!r} is none of bytes, {', '.join(tiktoken.list_encoding_names())}")
     try:
         return tiktoken.get_encoding(name)
     except OSError as error:
@@ -449,7 +456,7 @@ def encode_document(path, config, encoding, pool):
         with open_text(path, newline=None) as file:
             length = sum(len(text) for text in iter(lambda: file.read(1 << 20), ""))
     except UNREADABLE as error:
-        raise UserError(f"{path.name}: {error}; expected UTF-8 text") from None
+        raise UserError(f"{path.name}: {error}; save or download it again as UTF-8 text") from None
     test, val = round(length * config.test_fraction), round(length * config.val_fraction)
     eot = [[encoding.eot_token]]
     with open_text(path, newline=None) as file:

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from config import UserError, require, run
-from model import GPT, atomic_file, locate, read_json
+from model import GPT, atomic_file, base_of, locate, read_json
 from prepare_data import (
     NAME,
     alpaca_prompt,
@@ -103,8 +103,12 @@ def stored_spec(path):
     """What prompt.json beside a weights file says, or None; UserError where an adapter's base has changed."""
     stored = path.parent / "prompt.json"
     spec = read_json(stored) if stored.exists() else None
+    for name in ("template", "prompt_format", "response_format", "encoding") if spec is not None else ():
+        if not isinstance(spec.get(name), str):
+            raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; put back the file that train.py wrote, "
+                            "or remove it and give --data_dir")
     if path.name == "adapter_config.json" and spec and spec.get("base_sha256"):
-        base = locate(read_json(path)["base_model_name_or_path"].removeprefix("openai-community/"))
+        base = locate(base_of(path))
         if sha256_of(base) != spec["base_sha256"]:
             raise UserError(f"{path.parent} was trained on other weights than {base} holds now; put the old file back")
     return spec
@@ -125,8 +129,10 @@ def load(config):
     elif len(names) > 1:  # a plain model beside a trained one is asked in the trained one's words
         specs = [spec or next(filter(None, specs), None) for spec in specs]
     if config.adapter:
-        own = read_json(paths[0]).get("base_model_name_or_path", "").removeprefix("openai-community/")
-        base = GPT.from_pretrained(config.model if config.model != SampleConfig.model else own).to(device, dtype)
+        for name in (name for name, path in zip(names, paths, strict=True) if path.name != "adapter_config.json"):
+            raise UserError(f"--adapter: {name} holds no adapter; name it with --model")
+        own = config.model if config.model != SampleConfig.model else base_of(paths[0])
+        base = GPT.from_pretrained(own).to(device, dtype)
     for name, path, spec in zip(names, paths, specs, strict=True):
         if config.adapter:
             shared = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
@@ -156,7 +162,7 @@ def prompt_messages(text, given, spec):
         return [("user", {"content": text, "input": given})]
     try:
         record = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if len(columns) == 1 and not (isinstance(record, dict) and columns[0] in record):
         return to_messages({columns[0]: text}, spec, answered=False)
@@ -236,6 +242,8 @@ def read_prompts(path, voice, system):
                 raise UserError("a plain text has no prompt to answer; --prompt goes on with one")
             if messages[-1][0] in ("assistant", "completion"):
                 reference = next(iter(messages.pop()[1].values())) or None
+            if not messages:
+                raise UserError("nothing is asked before the answer; give each record a prompt")
             if system and messages[0][0] == "user":
                 messages.insert(0, ("system", {"content": system}))
             prompts.append(voice.prompt_ids(messages))
@@ -243,6 +251,8 @@ def read_prompts(path, voice, system):
             raise UserError(f"{path.name}, {place}: {error}") from None
         records.append(record)
         references.append(reference)
+    if not records:
+        raise UserError(f"--file: {path} holds no records; give one that does")
     return records, prompts, references
 
 

@@ -140,24 +140,56 @@ MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens"
 # ---- data -----------------------------------------------------------------------------------------------------------
 
 class Shards:
-    """One split of a data_dir, memory-mapped: `len()` examples, each an array of (id, flags)."""
+    """One split of a data_dir, memory-mapped: `len()` examples, each an array of (id, flags). UserError where the files
+    are not as prepare_data.py wrote them."""
 
     def __init__(self, data_dir, meta, split, max_examples=0):
-        self.files, ranges = [], []
+        self.files, ranges, supervised = [], [], 0
         for name in meta[split]["shards"]:
-            try:
-                tokens = np.load(Path(data_dir) / name, mmap_mode="r")
-                starts = np.flatnonzero(tokens["flags"] & START)
-            except (ValueError, IndexError, EOFError) as error:
-                raise UserError(f"{Path(data_dir) / name} is damaged ({error}): run prepare_data.py again") from None
+            tokens, starts, learned = self.read(Path(data_dir) / name, meta["vocab_size"])
+            supervised += learned
             ranges.append(np.stack([np.full_like(starts, len(self.files)), starts,
                                     np.append(starts[1:], len(tokens))], axis=1))
             self.files.append(tokens)
         self.ranges = np.concatenate(ranges) if ranges else np.zeros((0, 3), np.int64)
-        if len(self.ranges) != meta[split]["examples"] or sum(map(len, self.files)) != meta[split]["tokens"]:
-            raise UserError(f"{data_dir}: the {split} shards and meta.json disagree; run prepare_data.py again")
-        self.ranges = self.ranges[:max_examples or None]
+        counts = {"examples": len(self.ranges), "tokens": sum(map(len, self.files)), "supervised_tokens": supervised}
+        for name, count in counts.items():
+            if count != meta[split][name]:
+                raise UserError(f"{data_dir}: the {split} shards and meta.json disagree, {count:,} against "
+                                f"{meta[split][name]:,} {name}; run prepare_data.py again")
         self.lengths = self.ranges[:, 2] - self.ranges[:, 1] - 1  # inputs: the last token has nothing to predict
+        if not ((0 < self.lengths) & (self.lengths <= meta["block_size"])).all() or split == "train" and not len(self):
+            raise UserError(f"{data_dir}: the {split} split has no examples, or some that are no 2 to "
+                            f"{meta['block_size'] + 1:,} tokens long; run prepare_data.py again")
+        self.ranges, self.lengths = self.ranges[:max_examples or None], self.lengths[:max_examples or None]
+
+    @staticmethod
+    def read(path, vocab_size, size=1 << 16):
+        """(a shard's tokens, where its examples start, how many are supervised), checked in parts of this size."""
+        def check(true, message):
+            if not true:
+                raise UserError(f"{path} {message}: run prepare_data.py again")
+
+        check(path.is_file(), "is missing")
+        try:
+            tokens = np.lib.format.open_memmap(path, mode="r")
+        except OSError:
+            raise
+        except Exception as error:  # numpy raises many kinds for a damaged header
+            raise UserError(f"{path} is damaged ({error}): run prepare_data.py again") from None
+        dtypes = [np.dtype([("id", kind), ("flags", "u1")]) for kind in ("<u2", "<u4")]
+        check(tokens.ndim == 1 and tokens.dtype in dtypes,
+              f"is damaged (it holds {tokens.dtype} of shape {tokens.shape}, no tokens)")
+        starts, supervised = [np.zeros(0, np.int64)], 0
+        for first in range(0, len(tokens), size):
+            ids, flags = tokens["id"][first:first + size], tokens["flags"][first:first + size]
+            check(ids.max() < vocab_size, f"is damaged (the token id {ids.max()} is past a vocabulary of {vocab_size})")
+            check(flags.max() <= SUPERVISED | START, f"is damaged ({flags.max()} are no flags of a token)")
+            starts.append(first + np.flatnonzero(flags & START))
+            supervised += int(np.count_nonzero(flags & SUPERVISED))
+        starts = np.concatenate(starts)
+        check(len(starts) and starts[0] == 0, "is damaged (it does not begin with an example)")
+        return tokens, starts, supervised
 
     def __len__(self):
         return len(self.ranges)
@@ -197,10 +229,27 @@ def load_meta(data_dir):
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version = meta["format_version"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path} is damaged; run prepare_data.py again") from None
     if version != DATA_VERSION:
         raise UserError(f"{path} has format {version}, this program reads {DATA_VERSION}; run prepare_data.py again")
+    counts = dict(examples=int, tokens=int, supervised_tokens=int, longest=int, shards=list)
+    kinds = {"": dict(encoding=str, vocab_size=int, block_size=int, seed=int, source_sha256=str, prompt=dict,
+                      train=dict, val=dict),
+             "prompt.": dict(template=str, prompt_format=str, response_format=str), "train.": counts, "val.": counts}
+    for group, names in kinds.items():
+        for name, kind in names.items():
+            value = (meta[group[:-1]] if group else meta).get(name)
+            if type(value) is not kind or kind is list and value != [
+                    f"{group[:-1]}_{i:05d}.npy" for i in range(len(value))]:
+                raise UserError(f"{path} is damaged: {group}{name} is {value!r}; run prepare_data.py again")
+    try:
+        n_vocab = get_encoding(meta["encoding"]).n_vocab
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if meta["vocab_size"] != n_vocab:
+        raise UserError(f"{path} is damaged: vocab_size is {meta['vocab_size']}, {meta['encoding']} has {n_vocab} "
+                        "tokens; run prepare_data.py again")
     return meta
 
 
@@ -459,14 +508,20 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path):
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there; name the run's --out_dir, or start it anew with --overwrite")
+    remedy = f"start anew with --overwrite, or from its weights with --init_from={path.parent}"
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format_version"]
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0][:80]}); start anew with --overwrite, "
-                        f"or from its weights with --init_from={path.parent}") from None
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this program reads {FORMAT_VERSION}")
+        raise UserError(f"{path} has format {version}, this program reads {FORMAT_VERSION}; {remedy}")
+    kinds = dict(step=int, config=dict, data=dict, model_config=dict, base=dict, dtype=str, model=dict, optimizer=dict,
+                 scaler=dict, best_val_loss=float, elapsed=float, crc=int, total_steps=int)
+    if wrong := [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]:
+        raise UserError(f"{path} is damaged ({', '.join(wrong)}); {remedy}")
+    if unknown := checkpoint["config"].keys() - {field.name for field in dataclasses.fields(TrainConfig)}:
+        raise UserError(f"{path} has flags that this program lacks ({', '.join(map(str, unknown))}); {remedy}")
     return checkpoint
 
 
