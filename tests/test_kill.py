@@ -513,6 +513,7 @@ config.run(train.main, train.TrainConfig)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs Linux")
 def test_memory_stays_flat_over_two_thousand_micro_batches(data, tmp_path):
     """Of unequal lengths, with evaluations and saves between them."""
