@@ -96,7 +96,8 @@ class Kept(dict):
     def room(self, name, like, dtype):
         """A contiguous tensor of `like`'s shape in this dtype, its contents those of the last use."""
         if name not in self or self[name].dtype != dtype or self[name].numel() < like.numel():
-            self[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+            with torch.inference_mode(False):  # or training could not write into what generation made
+                self[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self[name][:like.numel()].view_as(like)
 
 
@@ -171,9 +172,9 @@ def linear(x, weight, start, kept):
     if weight.device.type == "cpu" and not torch.is_grad_enabled():
         weight = cast(weight, x.dtype, kept)
         if x.dtype == torch.bfloat16 and len(x) == 1:
-            return torch.mv(weight, x[0])[None] + start
+            return torch.addmv(start.view(-1).expand(len(weight)), weight, x[0])[None]
         if x.dtype == torch.bfloat16 and len(x) <= 32 and len(weight) <= 8192:  # on the left it is read as it lies
-            return torch.mm(weight, x.t()).t().contiguous() + start
+            return torch.addmm(start.view(-1, start.size(-1)).t(), weight, x.t()).t().contiguous()
         return torch.addmm(start, x, weight.t())
     return torch.addmm(start, x, weight.to(x.dtype).t())
 

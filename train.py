@@ -727,16 +727,20 @@ def update(optimizer, scaler, loss, grad_clip):
 def warm_up(model, optimizer, compiled, shards, batch_size, budget):
     """Runs the largest micro-batch that the run can meet once, forward and backward, and an optimizer step that changes
     nothing: what does not fit fails now, not after hours, and torch.compile falls back if it must. Returns the token
-    budget, halved on CUDA until it fits."""
+    budget, halved on CUDA until it fits, and about the seconds that a token takes."""
     for block in model.h if compiled else ():
         block.compile(dynamic=True)
     longest = np.argsort(-shards.lengths, kind="stable")[:batch_size]
     while True:
         largest = micro_batches(longest, shards.lengths, budget)[0]
         try:
-            loss = gradients(model, torch.amp.GradScaler(enabled=False), [shards.batch(largest)], 1)
-            update(optimizer, torch.amp.GradScaler(enabled=False), loss * math.nan, 0)
-            return budget
+            seconds = []  # the first pass makes kernels and touches memory: a quick one is repeated, of a slow one half
+            while not seconds or len(seconds) < 2 and seconds[0] < 1:
+                started = time.perf_counter()
+                loss = gradients(model, torch.amp.GradScaler(enabled=False), [shards.batch(largest)], 1)
+                update(optimizer, torch.amp.GradScaler(enabled=False), loss * math.nan, 0).item()
+                seconds.append(time.perf_counter() - started)
+            return budget, seconds[-1] / (3 - len(seconds)) / int(shards.lengths[largest].sum())
         except torch.OutOfMemoryError:
             budget //= 2
             if budget < shards.lengths.max():
@@ -949,7 +953,11 @@ def train(config, device):
         del checkpoint
     describe(model, base, plan, config, shards, val, dtype, device)
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
-    budget, rank_model = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget), model
+    budget, token_seconds = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget)
+    minutes = token_seconds * shards.lengths.mean() * config.batch_size * (plan.total - step) / 60 / place()[1]
+    print(f"expected to take about {minutes:.{int(minutes < 10)}f} minutes" + f", at most {config.max_minutes:g}" * bool(
+        config.max_minutes), flush=True)
+    rank_model = model
     if place()[1] > 1:
         rank_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     encoding = get_encoding(meta["encoding"])

@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--size", default="gpt2")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--peers", default="", help="contenders of the peers' benchmark, where it is at hand")
-    parser.add_argument("--keep-memory", action="store_true", help="the peers also with glibc told to keep freed memory")
+    parser.add_argument("--keep-memory", action="store_true", help="the peers also with freed memory kept")
     parser.add_argument("--directory", help=argparse.SUPPRESS)
     flags = parser.parse_args()
     if flags.directory:

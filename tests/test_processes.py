@@ -67,6 +67,9 @@ def test_a_step_of_fewer_examples_than_processes_loses_nothing(data, tmp_path):
     for count in (1, 3):
         finish(launch(count, *common, f"--out_dir={tmp_path / str(count)}"))
     same(tmp_path / "1", tmp_path / "3")
+    finish(launch(3, *common, "--dtype=bfloat16", "--hardest=3", f"--out_dir={tmp_path / 'half'}"))
+    losses = [[float(row["train_loss"]) for row in rows(tmp_path / name)] for name in ("1", "half")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and (tmp_path / "half" / "examples.csv").exists()
 
 
 def test_a_stopped_job_is_resumed_with_another_number_of_processes(data, tmp_path):
