@@ -955,8 +955,8 @@ def train(config, device):
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
     budget, token_seconds = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget)
     minutes = token_seconds * shards.lengths.mean() * config.batch_size * (plan.total - step) / 60 / place()[1]
-    print(f"expected to take about {minutes:.{int(minutes < 10)}f} minutes" + f", at most {config.max_minutes:g}" * bool(
-        config.max_minutes), flush=True)
+    print(f"expected to take about {minutes:.{int(minutes < 10)}f} minutes"
+          + f", at most {config.max_minutes:g}" * bool(config.max_minutes), flush=True)
     rank_model = model
     if place()[1] > 1:
         rank_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
