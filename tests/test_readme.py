@@ -70,7 +70,7 @@ def test_every_flag_in_the_readme_exists():
         parse_config(SCRIPTS[script][1], words)
     known = {field.name for _, config_class in SCRIPTS.values() for field in dataclasses.fields(config_class)}
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    foreign = {"help", "name", "size", "peers", "keep", "steps",  # and torchrun's:
+    foreign = {"help", "name", "size", "peers", "keep", "steps", "start",  # and torchrun's:
                "standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint"}
     named = set(re.findall(r"--(\w+)", text)) - foreign
     assert named and named <= known, named - known
