@@ -133,13 +133,13 @@ class WrittenLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, start, kept):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.kept = weight, kept
+        ctx.weight, ctx.kept, ctx.start = weight, kept, start.shape
         return torch.addmm(start, x, cast(weight, x.dtype, kept).t())
 
     @staticmethod
     def backward(ctx, gradient):
         (x,), weight, kept = ctx.saved_tensors, ctx.weight, ctx.kept
-        grad_start = gradient.sum(0) if ctx.needs_input_grad[2] else None
+        grad_start = gradient.sum_to_size(ctx.start) if ctx.needs_input_grad[2] else None
         grad_x = gradient @ cast(weight, x.dtype, kept, again=False)
         first, product = weight.grad is None, kept.room("product", weight, x.dtype)
         if not first and weight.grad.dtype != weight.dtype:  # this room is needed again
@@ -339,7 +339,7 @@ class GPT(nn.Module):
         weight, start = self.wte.weight, x.new_zeros(1, 1)
         if x.element_size() == 2:
             some = weight.detach()[::max(1, len(weight) // 512)].mean(0, dtype=torch.float32)
-            start = -(x.detach().float() @ some)[:, None]
+            start = -(x.float() @ some)[:, None]  # its gradient takes the mean out of backward's rounding, too
         logits = linear(x, weight, start, self.kept)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
