@@ -849,8 +849,7 @@ class Log:
         `due` proves finished must stand in log.csv."""
         self.rows.append(dict(zip(COLUMNS, row, strict=True)))
         row, step, plan = self.rows[-1], row[0], self.plan
-        if len(self.rows) < 10 and step % plan.log_interval and step % plan.eval_interval and not (
-                last or due):
+        if len(self.rows) < 10 and step % plan.log_interval and step % plan.eval_interval and not (last or due):
             return
         for unread in self.rows:
             unread["train_loss"], unread["grad_norm"] = float(unread["train_loss"]), float(unread["grad_norm"])
@@ -972,6 +971,7 @@ def train(config, device):
     limit, val_loss, loss, signum, saved, started = (
         60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
     log = Log(config, plan, out_dir, step, matmul_rate(dtype, device))
+    per_token, per_target = operations(model, 1, 0), operations(model, 0, 1)
     with Interrupt() as interrupt:
         while step < plan.total and not signum and not (limit and elapsed >= limit):
             step_started = time.perf_counter()
@@ -993,7 +993,7 @@ def train(config, device):
             last = step == plan.total or bool(limit) and elapsed >= limit
             due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
             log.add((step, f"{step / plan.epoch:.4f}", loss, "", learning_rate, norm, tokens, supervised,
-                     time.perf_counter() - step_started), operations(model, tokens, supervised), last or signum, due)
+                     time.perf_counter() - step_started), per_token * tokens + per_target * supervised, last or signum, due)
             if last or step % plan.eval_interval == 0:
                 with unchanged_weights():
                     if len(val):
