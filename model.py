@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -91,7 +92,6 @@ class Cache(NamedTuple):
 
 class Kept(dict):
     """Large buffers by name. On a CPU it takes longer to get such memory anew, page by page, than to fill it."""
-    period = None  # within `unchanged_weights`: marks the casts that are still good
 
     def room(self, name, like, dtype):
         """A contiguous tensor of `like`'s shape in this dtype, its contents those of the last use."""
@@ -100,48 +100,41 @@ class Kept(dict):
                 self[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self[name][:like.numel()].view_as(like)
 
+    def cast(self, weight, dtype):
+        """`weight`, whose memory this is, in this dtype: in a room of its own, where it is found until it changes; or,
+        while its gradient stands there, in one room for all weights, until the next cast."""
+        if weight.dtype == dtype:
+            return weight.detach()
+        if weight.grad is not None and weight.grad.dtype == dtype:
+            return CASTS.room("any", weight, dtype).copy_(weight.detach())
+        room = self.room("own", weight, dtype)
+        if self.get("holds") != (state := (dtype, weight.data_ptr(), weight._version)):
+            room.copy_(weight.detach())
+            self["holds"] = state
+        return room
 
-CASTS = Kept()  # one room for the cast of any weight; "of" tells of which
 
-
-@contextmanager
-def unchanged_weights():
-    """Within it no weight changes and none gets a gradient: each is cast once, into the room of its gradient."""
-    Kept.period = object()
-    try:
-        yield
-    finally:
-        Kept.period = None
-
-
-def cast(weight, dtype, kept, again=True):
-    """`weight` in this dtype, in a room that the next cast may overwrite; without `again` what is there may do."""
-    if weight.dtype == dtype:
-        return weight.detach()
-    kept, name, mark = (kept, "product", Kept.period) if Kept.period else (CASTS, "cast", None)
-    room, done = kept.room(name, weight, dtype), (id(weight), mark)
-    if kept.get("of") != done or again and not mark:
-        kept["of"] = done
-        room.copy_(weight.detach())
-    return room
+CASTS = Kept()
 
 
 class WrittenLinear(torch.autograd.Function):
     """start + x weight^T in the dtype of x, whose backward writes the weight's gradient straight into kept memory: in
-    bfloat16 if x has it, as the matrix product makes it, and in weight's dtype once several are added up."""
+    bfloat16 if x has it, as the matrix product makes it, in the place of the cast weight, which it was the last to
+    need; and in weight's dtype once several are added up."""
 
     @staticmethod
     def forward(ctx, x, weight, start, kept):
         ctx.save_for_backward(x)
         ctx.weight, ctx.kept, ctx.start = weight, kept, start.shape
-        return torch.addmm(start, x, cast(weight, x.dtype, kept).t())
+        return torch.addmm(start, x, kept.cast(weight, x.dtype).t())
 
     @staticmethod
     def backward(ctx, gradient):
         (x,), weight, kept = ctx.saved_tensors, ctx.weight, ctx.kept
         grad_start = gradient.sum_to_size(ctx.start) if ctx.needs_input_grad[2] else None
-        grad_x = gradient @ cast(weight, x.dtype, kept, again=False)
-        first, product = weight.grad is None, kept.room("product", weight, x.dtype)
+        grad_x = gradient @ kept.cast(weight, x.dtype)
+        first, product = weight.grad is None, kept.room("own", weight, x.dtype)
+        kept["holds"] = None
         if not first and weight.grad.dtype != weight.dtype:  # this room is needed again
             weight.grad = kept.room("sum", weight, weight.dtype).copy_(weight.grad)
         if not first and x.dtype == weight.dtype:
@@ -151,6 +144,8 @@ class WrittenLinear(torch.autograd.Function):
         if first:
             weight.grad_dtype = None  # any
             weight.grad = product if x.dtype != torch.float16 else kept.room("sum", weight, weight.dtype).copy_(product)
+            if weight.grad.dtype != weight.dtype:
+                weight.grad.kept = kept  # SlicedAdamW leaves the new weight there
         else:
             weight.grad.add_(product)
         return grad_x, None, grad_start, None
@@ -170,12 +165,14 @@ def linear(x, weight, start, kept):
     if writes_gradient(weight):
         return WrittenLinear.apply(x, weight, start, kept)
     if weight.device.type == "cpu" and not torch.is_grad_enabled():
-        weight = cast(weight, x.dtype, kept)
+        weight = kept.cast(weight, x.dtype)
         if x.dtype == torch.bfloat16 and len(x) == 1:
             return torch.addmv(start.view(-1).expand(len(weight)), weight, x[0])[None]
         if x.dtype == torch.bfloat16 and len(x) <= 32 and len(weight) <= 8192:  # on the left it is read as it lies
             return torch.addmm(start.view(-1, start.size(-1)).t(), weight, x.t()).t().contiguous()
         return torch.addmm(start, x, weight.t())
+    if weight.requires_grad and not torch.compiler.is_compiling():
+        kept["holds"] = None  # it is about to change
     return torch.addmm(start, x, weight.to(x.dtype).t())
 
 
@@ -203,7 +200,7 @@ class LoraLinear(Linear):
 
     def forward(self, x):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (N, rank)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
+        return super().forward(x).addmm_(low * self.scale, self.lora_B.to(x.dtype).t())
 
     def merged(self):
         """A plain Linear with the update added to its weights."""
@@ -301,6 +298,36 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def widened(x):
+    """`x` in float32 or better."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class CrossEntropy(torch.autograd.Function):
+    """The cross-entropy of each row of logits (N, V), 0 where its target is IGNORE, in float32 or better. A few rows at
+    a time are widened, while they are in the cache; backward writes their gradient in the place of the logits."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.rows = max(1, (1 << 20 if logits.device.type == "cpu" else 1 << 26) // logits.size(1))
+        log_sum = torch.cat([widened(part).logsumexp(-1) for part in logits.split(ctx.rows)])
+        ctx.save_for_backward(logits, targets, log_sum)
+        right = widened(logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1))
+        return (log_sum - right).masked_fill(targets == IGNORE, 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        logits, targets, log_sum = ctx.saved_tensors
+        gradient = gradient.masked_fill(targets == IGNORE, 0)
+        for part, *rest in zip(*(x.split(ctx.rows) for x in (logits, targets, log_sum, gradient)), strict=True):
+            target, log, scale = (x[:, None] for x in rest)
+            probability = (widened(part) - log).exp_()
+            probability.scatter_add_(1, target.clamp(min=0), probability.new_full(target.shape, -1))
+            part.copy_(probability.mul_(scale))
+        return logits, None
+
+
 class GPT(nn.Module):
     """GPT-2 with freshly initialised weights; `compute_dtype`, where set, is the dtype of all activations."""
 
@@ -334,14 +361,13 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """(N, n_embd) -> (N, vocab_size), in float32 or better. GPT-2's logits lie around -100, where bfloat16 has
-        steps of a half: with 16-bit x they are computed about a mean of zero, a shift that softmax does not see."""
+        """(N, n_embd) -> (N, vocab_size) in the dtype of x. GPT-2's logits lie around -100, where bfloat16 has steps of
+        a half: with 16-bit x they are computed about a mean of zero, a shift that softmax does not see."""
         weight, start = self.wte.weight, x.new_zeros(1, 1)
         if x.element_size() == 2:
             some = weight.detach()[::max(1, len(weight) // 512)].mean(0, dtype=torch.float32)
             start = -(x.float() @ some)[:, None]  # its gradient takes the mean out of backward's rounding, too
-        logits = linear(x, weight, start, self.kept)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return linear(x, weight, start, self.kept)
 
     def forward(self, idx, targets=None, lengths=None, each=False):
         """Logits or, with `targets`, the sum (not the mean) of the losses of all targets that are not IGNORE.
@@ -356,7 +382,7 @@ class GPT(nn.Module):
         assert longest <= self.config.block_size, f"{longest} tokens exceed the context"
         if targets is None:
             layout = Layout.of(lengths, device)
-            return self.logits(self.hidden(send(idx.flatten(), device), layout)).view(*idx.shape, -1)
+            return widened(self.logits(self.hidden(send(idx.flatten(), device), layout))).view(*idx.shape, -1)
         # every new shape costs the making of kernels, so a tail rounds the tokens up, and unsupervised ones the targets
         idx, targets, T = idx.flatten(), targets.flatten(), min(round_up(longest, 16), self.config.block_size)
         N = min(round_up(len(idx), 32), len(lengths) * T)
@@ -370,7 +396,7 @@ class GPT(nn.Module):
     def losses(self, x, targets):
         """Cross-entropy of each row, a slice of them at a time: the logits of a whole batch of text would not fit."""
         def slice_losses(x, targets):
-            return F.cross_entropy(self.logits(x), targets, ignore_index=IGNORE, reduction="none")
+            return CrossEntropy.apply(self.logits(x), targets)
         if len(x) <= 1024:
             return slice_losses(x, targets)
         return torch.cat([checkpoint(slice_losses, *one, use_reentrant=False)
@@ -413,7 +439,7 @@ class GPT(nn.Module):
             x, cache = self.prefill(prompts, max_new_tokens)
             rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: ended
             for step in range(max_new_tokens):
-                drawn = draw(self.logits(x)[:, :n_vocab], temperature, top_k, top_p, generator)
+                drawn = draw(widened(self.logits(x)[:, :n_vocab]), temperature, top_k, top_p, generator)
                 ids = dict(zip(rows, drawn.tolist(), strict=True))
                 yield [ids.get(row) for row in range(len(prompts))]
                 full = (cache.lengths == cache.state.size(4)).tolist()
@@ -438,7 +464,7 @@ class GPT(nn.Module):
         for step in range(max(map(len, answers))):
             ids = torch.tensor([answer[step] if step < len(answer) else 0 for answer in answers] * len(prompts))
             counts = torch.tensor([float(step < len(answer)) for answer in answers] * len(prompts))
-            log_probabilities = self.logits(x).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
+            log_probabilities = widened(self.logits(x)).log_softmax(-1).gather(1, ids.to(x.device)[:, None]).squeeze(1)
             total = total + log_probabilities * counts.to(x.device)
             if step + 1 < max(map(len, answers)):
                 x, cache = self.decode(ids.to(x.device), cache)
@@ -594,7 +620,8 @@ def optimizer_groups(model, weight_decay):
 
 class SlicedAdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter 2019), slice by slice where something rests in bfloat16, so that it is
-    float32 only while it is used: gradients as WrittenLinear leaves them and, with `half`, both moments."""
+    float32 only while it is used: gradients as WrittenLinear leaves them and, with `half`, both moments. A gradient in
+    bfloat16 is gone after the step, and in its memory stands the new weight, ready for the next forward pass."""
     half, room = False, None
 
     @torch.no_grad()
@@ -615,8 +642,10 @@ class SlicedAdamW(torch.optim.AdamW):
                 five = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
                 if p.dtype == p.grad.dtype == state["exp_avg"].dtype:
                     whole.append(five)
-                else:
-                    self.step_in_slices(*five, group=group)
+                    continue
+                self.step_in_slices(*five, group=group)
+                if kept := getattr(p.grad, "kept", None):
+                    kept["holds"], p.grad = (p.grad.dtype, p.data_ptr(), p._version), None
             if whole:
                 self.update(*zip(*whole, strict=True), group)
 
@@ -631,6 +660,8 @@ class SlicedAdamW(torch.optim.AdamW):
             for rest, moment in zip(parts[1:], full[1:], strict=True):
                 if self.half:
                     rest.copy_(moment)
+            if parts[0].dtype != part.dtype:
+                parts[0].copy_(part)
 
     def update(self, weights, gradients, means, squares, steps, group):
         scale = self.grad_scale

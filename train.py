@@ -44,7 +44,6 @@ from model import (
     locate,
     opened,
     optimizer_groups,
-    unchanged_weights,
 )
 from prepare_data import FORMAT_VERSION as DATA_VERSION
 from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of, status
@@ -965,8 +964,7 @@ def train(config, device):
     if rank == 0:  # now that nothing of the user's can be wrong any more
         clear(out_dir, () if config.resume else RESULTS)
     if step == 0 and rank == 0:
-        with unchanged_weights():
-            samples.show(model, "before training" + forgetting.measure(model, 0))
+        samples.show(model, "before training" + forgetting.measure(model, 0))
 
     limit, val_loss, loss, signum, saved, started = (
         60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
@@ -993,15 +991,15 @@ def train(config, device):
             last = step == plan.total or bool(limit) and elapsed >= limit
             due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
             log.add((step, f"{step / plan.epoch:.4f}", loss, "", learning_rate, norm, tokens, supervised,
-                     time.perf_counter() - step_started), per_token * tokens + per_target * supervised, last or signum, due)
+                     time.perf_counter() - step_started), per_token * tokens + per_target * supervised,
+                    last or signum, due)
             if last or step % plan.eval_interval == 0:
-                with unchanged_weights():
-                    if len(val):
-                        val_loss = log.rows[-1]["val_loss"] = evaluate(model, val, budget)
-                    better = val_loss < best_val_loss or not len(val)  # NaN is never better
-                    reached = f", validation loss {val_loss:.4f}" * bool(len(val)) + ", the best so far" * better
-                    if rank == 0:
-                        samples.show(model, f"step {step:,}{reached}{forgetting.measure(model, step)}")
+                if len(val):
+                    val_loss = log.rows[-1]["val_loss"] = evaluate(model, val, budget)
+                better = val_loss < best_val_loss or not len(val)  # NaN is never better
+                reached = f", validation loss {val_loss:.4f}" * bool(len(val)) + ", the best so far" * better
+                if rank == 0:
+                    samples.show(model, f"step {step:,}{reached}{forgetting.measure(model, step)}")
                 if better:
                     best_val_loss = val_loss
                     if rank == 0:
@@ -1031,11 +1029,10 @@ def train(config, device):
         print(f"nothing to do: the run had reached its --max_steps, --epochs or --max_minutes={config.max_minutes:g}; "
               "raise what ended it, 0 for no limit")
     else:
-        with unchanged_weights():
-            if rank == 0:
-                samples.table(model)
-            if config.hardest:
-                find_hardest(model, shards, budget, encoding, out_dir, config.hardest)
+        if rank == 0:
+            samples.table(model)
+        if config.hardest:
+            find_hardest(model, shards, budget, encoding, out_dir, config.hardest)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))

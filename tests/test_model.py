@@ -444,12 +444,47 @@ def test_a_cast_is_made_anew_once_the_weights_may_have_changed():
     model, (idx, targets) = tiny(), packed_batch()
     model.compute_dtype = torch.bfloat16
     with torch.no_grad():
-        with model_module.unchanged_weights():
-            before = [model(idx, targets, LENGTHS).item() for _ in range(2)]
+        before = [model(idx, targets, LENGTHS).item() for _ in range(2)]
         model.h[0].mlp.c_fc.weight.mul_(3)
-        with model_module.unchanged_weights():
-            after = model(idx, targets, LENGTHS).item()
-        assert before[0] == before[1] != after == model(idx, targets, LENGTHS).item()
+        after = model(idx, targets, LENGTHS).item()
+        assert before[0] == before[1] != after == copy.deepcopy(model)(idx, targets, LENGTHS).item()
+
+
+def test_the_weight_that_the_optimizer_leaves_in_its_gradients_place_is_the_new_one():
+    model, (idx, targets) = tiny(), packed_batch()
+    model.compute_dtype = torch.bfloat16
+    plain = copy.deepcopy(model)
+    ours = model_module.SlicedAdamW(model.parameters(), lr=1e-2, fused=True)
+    ours.grad_scale, ours.found_inf = torch.ones(()), torch.zeros(())
+    model(idx, targets, LENGTHS).backward()
+    assert model.wte.weight.grad.dtype == torch.bfloat16
+    ours.step()
+    assert model.wte.weight.grad is None and not torch.equal(model.wte.weight, plain.wte.weight)
+    ours.zero_grad(set_to_none=True)
+    plain.load_state_dict(model.state_dict())
+    for batch in ((idx, targets, LENGTHS), (idx[:10], targets[:10], [10])):
+        assert torch.equal(model(*batch), plain(*batch))
+        model(*batch).backward()  # after the first of these the weights must be cast anew, beside their gradients
+        plain(*batch).backward()
+    for ours, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, other.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_our_cross_entropy_is_torchs_with_its_gradient(dtype, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(50, 60_000, generator=generator)).to(dtype)  # several slices
+    targets = torch.randint(0, 60_000, (50,), generator=generator)
+    targets[[3, 49]] = IGNORE
+    scale, found, expected = torch.randn(50, generator=generator), logits.clone(), logits.clone()
+    found, expected = found.requires_grad_(), expected.requires_grad_()
+    losses = model_module.CrossEntropy.apply(found + 0, targets)
+    reference = torch.nn.functional.cross_entropy(model_module.widened(expected), targets, ignore_index=IGNORE,
+                                                  reduction="none")
+    assert torch.allclose(losses, reference, rtol=1e-6, atol=1e-5)
+    (losses * scale).sum().backward()
+    (reference * scale).sum().backward()
+    assert torch.allclose(found.grad, expected.grad, rtol=1e-2 if dtype == torch.bfloat16 else 1e-9, atol=1e-9)
 
 
 def test_every_target_has_its_own_loss_and_the_tail_has_none():
