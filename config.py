@@ -1,4 +1,4 @@
-"""Command-line flags from a dataclass, and errors in one line: shared by the three scripts.
+"""Command-line flags from a dataclass, errors in one line, and the progress line: shared by the scripts.
 
 A field's line is its flag, type, default and help; a comment line above fields names their group in --help:
 
@@ -70,6 +70,14 @@ def parse_config(config_class, argv=None):
     config = config_class(**vars(flags))
     object.__setattr__(config, "given", frozenset(vars(flags)))  # the flags that were set
     return config
+
+
+def status(line, end=False):
+    """One progress line that is drawn over in a terminal; in a log file only the last one (`end`) is printed."""
+    if sys.stdout.isatty():
+        print(f"\r{line}\033[K", end="\n" if end else "", flush=True)
+    elif end:
+        print(line, flush=True)
 
 
 def run(main, config_class):

@@ -19,21 +19,13 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, require, run
-from model import GPT, atomic_file, base_of, locate, read_json
-from prepare_data import (
-    NAME,
-    alpaca_prompt,
-    encode,
-    fill,
-    get_encoding,
-    read_records,
-    render,
-    sha256_of,
-    status,
-    to_messages,
-)
-from train import load_meta, pick_device, pick_dtype
+from config import UserError, require, run, status
+from dataset import load_meta
+from model import GPT
+from prepare_data import alpaca_prompt, encode, get_encoding, render, sha256_of
+from records import NAME, fill, read_records, to_messages
+from train import pick_device, pick_dtype
+from weights import atomic_file, base_of, locate, read_json, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -390,28 +382,6 @@ def answer_with(voices, config):
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------
-
-def tokenizer_files(encoding):
-    """GPT-2's vocab.json and merges.txt, recovered from tiktoken's ranks: the two parts of a token are what byte-pair
-    encoding leaves of its bytes when it may use earlier ranks alone."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letter = {byte: chr(byte) for byte in visible}
-    letter.update({byte: chr(256 + n) for n, byte in enumerate(byte for byte in range(256) if byte not in letter)})
-
-    def spell(token):
-        return "".join(letter[byte] for byte in token)
-    ranks, merges = encoding._mergeable_ranks, []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
-            place = pairs.index(min(pairs))
-            parts[place:place + 2] = [parts[place] + parts[place + 1]]
-        if len(parts) == 2:
-            merges.append(f"{spell(parts[0])} {spell(parts[1])}")
-    vocabulary = {spell(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": encoding.eot_token}
-    return json.dumps(vocabulary, ensure_ascii=False), "#version: 0.2\n" + "\n".join(merges) + "\n"
-
 
 def chat_template(spec):
     """The spec's wording as a Jinja template for transformers; None where it needs several columns."""

@@ -9,13 +9,9 @@ A step is a pure function of (data, seed, step): its examples, cut into micro-ba
 their losses, divided once by the number of supervised tokens in the whole step.
 """
 import contextlib
-import csv
-import ctypes
 import dataclasses
 import functools
 import gc
-import io
-import json
 import math
 import os
 import shutil
@@ -23,7 +19,6 @@ import signal
 import sys
 import time
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,26 +28,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from config import UserError, require, run
-from model import (
-    GPT,
-    IGNORE,
-    SIZES,
-    GPTConfig,
-    SlicedAdamW,
-    atomic_file,
-    locate,
-    opened,
-    optimizer_groups,
-)
-from prepare_data import FORMAT_VERSION as DATA_VERSION
-from prepare_data import START, SUPERVISED, blocks, get_encoding, sha256_of, status
+from config import UserError, require, run, status
+from cpu import SlicedAdamW, keep_freed_memory
+from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
+from model import GPT, IGNORE, GPTConfig, optimizer_groups
+from prepare_data import get_encoding, sha256_of
+from watch import Forgetting, Log, Samples, find_hardest, plot
+from weights import SIZES, atomic_file, locate, write_json
 
 FORMAT_VERSION = 1  # of ckpt.pt
 RESULTS = ("ckpt.pt", "log.csv", "loss.png", "forget.csv", "examples.csv", "tensorboard", "best",
            "last")  # what a run leaves in its out_dir
-COLUMNS = ["step", "epoch", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
-           "seconds"]
 
 
 @dataclass(frozen=True)
@@ -136,144 +122,7 @@ MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens"
               "tensorboard", "gradient_checkpointing"}
 
 
-# ---- data -----------------------------------------------------------------------------------------------------------
-
-class Shards:
-    """One split of a data_dir, memory-mapped: `len()` examples, each an array of (id, flags). UserError where the files
-    are not as prepare_data.py wrote them."""
-
-    def __init__(self, data_dir, meta, split, max_examples=0):
-        self.files, ranges, supervised = [], [], 0
-        for name in meta[split]["shards"]:
-            tokens, starts, learned = self.read(Path(data_dir) / name, meta["vocab_size"])
-            supervised += learned
-            ranges.append(np.stack([np.full_like(starts, len(self.files)), starts,
-                                    np.append(starts[1:], len(tokens))], axis=1))
-            self.files.append(tokens)
-        self.ranges = np.concatenate(ranges) if ranges else np.zeros((0, 3), np.int64)
-        counts = {"examples": len(self.ranges), "tokens": sum(map(len, self.files)), "supervised_tokens": supervised}
-        for name, count in counts.items():
-            if count != meta[split][name]:
-                raise UserError(f"{data_dir}: the {split} shards and meta.json disagree, {count:,} against "
-                                f"{meta[split][name]:,} {name}; run prepare_data.py again")
-        self.lengths = self.ranges[:, 2] - self.ranges[:, 1] - 1  # inputs: the last token has nothing to predict
-        if not ((0 < self.lengths) & (self.lengths <= meta["block_size"])).all() or split == "train" and not len(self):
-            raise UserError(f"{data_dir}: the {split} split has no examples, or some that are no 2 to "
-                            f"{meta['block_size'] + 1:,} tokens long; run prepare_data.py again")
-        self.ranges, self.lengths = self.ranges[:max_examples or None], self.lengths[:max_examples or None]
-
-    @staticmethod
-    def read(path, vocab_size, size=1 << 16):
-        """(a shard's tokens, where its examples start, how many are supervised), checked in parts of this size."""
-        def check(true, message):
-            if not true:
-                raise UserError(f"{path} {message}: run prepare_data.py again")
-
-        check(path.is_file(), "is missing")
-        try:
-            tokens = np.lib.format.open_memmap(path, mode="r")
-        except OSError:
-            raise
-        except Exception as error:  # numpy raises many kinds for a damaged header
-            raise UserError(f"{path} is damaged ({error}): run prepare_data.py again") from None
-        dtypes = [np.dtype([("id", kind), ("flags", "u1")]) for kind in ("<u2", "<u4")]
-        check(tokens.ndim == 1 and tokens.dtype in dtypes,
-              f"is damaged (it holds {tokens.dtype} of shape {tokens.shape}, no tokens)")
-        starts, supervised = [np.zeros(0, np.int64)], 0
-        for first in range(0, len(tokens), size):
-            ids, flags = tokens["id"][first:first + size], tokens["flags"][first:first + size]
-            check(ids.max() < vocab_size, f"is damaged (the token id {ids.max()} is past a vocabulary of {vocab_size})")
-            check(flags.max() <= SUPERVISED | START, f"is damaged ({flags.max()} are no flags of a token)")
-            starts.append(first + np.flatnonzero(flags & START))
-            supervised += int(np.count_nonzero(flags & SUPERVISED))
-        starts = np.concatenate(starts)
-        check(len(starts) and starts[0] == 0, "is damaged (it does not begin with an example)")
-        return tokens, starts, supervised
-
-    def __len__(self):
-        return len(self.ranges)
-
-    def __getitem__(self, i):
-        file, start, stop = self.ranges[i]
-        return self.files[file][start:stop]
-
-    def batch(self, indices):
-        """Packs examples end to end: (ids (N,), targets (N,), lengths), the targets IGNORE where unsupervised."""
-        examples = [self[i] for i in indices]
-        idx = np.concatenate([tokens["id"][:-1] for tokens in examples]).astype(np.int64)
-        targets = np.concatenate([np.where(tokens["flags"][1:] & SUPERVISED, tokens["id"][1:].astype(np.int64), IGNORE)
-                                  for tokens in examples])
-        return torch.from_numpy(idx), torch.from_numpy(targets), self.lengths[indices]
-
-    def batches(self, indices, budget):
-        """This process's share of a step as micro-batches: every so manieth example by length; at least one, perhaps of
-        nothing to learn, since all processes must take part."""
-        rank, processes = place()
-        mine = sorted(indices, key=lambda i: -self.lengths[i])[rank::processes]
-        if len(mine):
-            return [self.batch(group) for group in micro_batches(mine, self.lengths, budget)]
-        idx, targets, lengths = self.batch(indices[:1])
-        return [(idx, targets.fill_(IGNORE), lengths)]
-
-    def supervised(self, indices):
-        """How many targets of these examples the loss counts."""
-        return sum(int(np.count_nonzero(self[i]["flags"][1:] & SUPERVISED)) for i in indices)
-
-
-def load_meta(data_dir):
-    """What prepare_data.py wrote in meta.json."""
-    path = Path(data_dir) / "meta.json"
-    if not path.is_file():
-        raise UserError(f"--data_dir: no prepared data in {data_dir}; run python prepare_data.py first")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version = meta["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged; run prepare_data.py again") from None
-    if version != DATA_VERSION:
-        raise UserError(f"{path} has format {version}, this program reads {DATA_VERSION}; run prepare_data.py again")
-    counts = dict(examples=int, tokens=int, supervised_tokens=int, longest=int, shards=list)
-    kinds = {"": dict(encoding=str, vocab_size=int, block_size=int, seed=int, source_sha256=str, prompt=dict,
-                      train=dict, val=dict),
-             "prompt.": dict(template=str, prompt_format=str, response_format=str), "train.": counts, "val.": counts}
-    for group, names in kinds.items():
-        for name, kind in names.items():
-            value = (meta[group[:-1]] if group else meta).get(name)
-            if type(value) is not kind or kind is list and value != [
-                    f"{group[:-1]}_{i:05d}.npy" for i in range(len(value))]:
-                raise UserError(f"{path} is damaged: {group}{name} is {value!r}; run prepare_data.py again")
-    try:
-        n_vocab = get_encoding(meta["encoding"]).n_vocab
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    if meta["vocab_size"] != n_vocab:
-        raise UserError(f"{path} is damaged: vocab_size is {meta['vocab_size']}, {meta['encoding']} has {n_vocab} "
-                        "tokens; run prepare_data.py again")
-    return meta
-
-
-def examples_of_step(step, n_examples, batch_size, seed):
-    """The examples of optimizer step `step` (from 0): every epoch is a new order of all, its last step what is left."""
-    epoch, place = divmod(step, math.ceil(n_examples / batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(n_examples)
-    return order[place * batch_size:(place + 1) * batch_size]
-
-
-def micro_batches(indices, lengths, budget):
-    """Splits examples into groups of like length whose rows x longest stay within `budget` tokens, longest first."""
-    groups = []
-    for i in sorted(indices, key=lambda i: -lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= budget:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
-
-
-def identity(meta):
-    """What must not change between the parts of a run."""
-    return {name: meta[name] for name in ("source_sha256", "encoding", "prompt", "block_size", "seed", "train", "val")}
-
+# ---- model, precision and schedule ----------------------------------------------------------------------------------
 
 def check_data(meta, checkpoint, data_dir, out_dir):
     """A resumed run goes on with the data it began with."""
@@ -282,8 +131,6 @@ def check_data(meta, checkpoint, data_dir, out_dir):
         raise UserError(f"--resume: {data_dir} is not the data that this run began with ({', '.join(changed)} changed)"
                         f": prepare it as before, or start a new run with --init_from={out_dir}")
 
-
-# ---- model, precision and schedule ----------------------------------------------------------------------------------
 
 def build_model(config, meta, checkpoint):
     """(model, base): the checkpoint's, or the one that --init_from names, checked against the data. `base` tells what
@@ -322,6 +169,15 @@ def build_model(config, meta, checkpoint):
             raise UserError(f"--lora_targets={config.lora_targets} names no layer; GPT-2's are c_attn, c_proj, c_fc")
         model.load_state_dict(checkpoint["model"] if checkpoint else {}, strict=False)
     return model, base
+
+
+def build_optimizer(model, config, learning_rate, device):
+    """AdamW, torch's fused one where it has one."""
+    optimizer = (SlicedAdamW if device.type == "cpu" or config.low_memory else torch.optim.AdamW)(
+        optimizer_groups(model, config.weight_decay), lr=learning_rate, betas=(config.beta1, config.beta2),
+        fused=device.type in ("cpu", "cuda"))
+    optimizer.half = config.low_memory
+    return optimizer
 
 
 def trainable(model):
@@ -381,8 +237,8 @@ def learning_rate_at(step, progress, peak, min_lr, schedule, warmup, total_steps
 
 @torch.no_grad()
 def example_losses(model, shards, budget):
-    """(each example's summed loss, each one's supervised targets), float64 and int64 arrays; zeros for the examples
-    that other processes do."""
+    """(each example's summed loss, each one's supervised targets), float64 and int64 arrays; the processes share the
+    work out."""
     rank, processes = place()
     loss, supervised, done = np.zeros(len(shards)), np.zeros(len(shards), np.int64), 0
     model.eval()
@@ -395,100 +251,15 @@ def example_losses(model, shards, budget):
         done += len(group)
         status(f"  evaluating: {done * processes:,} of {len(shards):,}")
     model.train()
+    for array in (loss, supervised) if processes > 1 else ():
+        dist.all_reduce(torch.from_numpy(array))
     return loss, supervised
 
 
 def evaluate(model, shards, budget):
     """Mean loss over all supervised tokens of a split: one sum divided by one count, however it is batched."""
-    loss, supervised = all_reduce(*(array.sum() for array in example_losses(model, shards, budget)))
-    return float(loss / supervised)
-
-
-class Forgetting:
-    """Bits per byte of a piece of ordinary text: what fine-tuning costs elsewhere. forget.csv keeps them."""
-
-    def __init__(self, config, base, encoding, out_dir, step):
-        bundled = "none" if base["name"] == "scratch" else Path(__file__).parent / "data" / "forget.txt"
-        self.text, self.path, self.rows = "", out_dir / "forget.csv", []
-        if (path := str(config.forget_text or bundled)) != "none":
-            self.text = Path(path).read_text(encoding="utf-8", errors="replace")
-            self.ids = [encoding.eot_token, *encoding.encode_ordinary(self.text)]
-            self.rows = [row for row in read_rows(self.path) if int(row["step"]) <= step > 0]
-
-    @torch.no_grad()
-    def measure(self, model, step):
-        """Measures, writes forget.csv and returns what to print; '' where there is no text."""
-        if not self.text:
-            return ""
-        loss = 0.0
-        model.eval()
-        for ids, _ in blocks([self.ids], model.config.block_size):
-            ids = torch.tensor(ids)
-            loss += model(ids[None, :-1], ids[None, 1:]).item()
-        model.train()
-        bits = loss / math.log(2) / len(self.text.encode())
-        self.rows.append({"step": step, "bits_per_byte": f"{bits:.6f}"})
-        write_rows(self.path, self.rows)
-        return f", ordinary text {bits:.3f} bits per byte" + (
-            f" ({float(self.rows[0]['bits_per_byte']):.3f} before)" if len(self.rows) > 1 else "")
-
-
-class Samples:
-    """A few held-out prompts with their answers, to see in plain text what the model has learned so far."""
-
-    def __init__(self, shards, encoding, count=5):
-        self.encoding, self.prompts, self.answers, self.before, seen = encoding, [], [], None, Counter()
-        for tokens in (shards[i] for i in range(min(40, len(shards)))):
-            supervised = (tokens["flags"] & SUPERVISED).astype(bool)
-            first = int(supervised.argmax())
-            if first == 1 and supervised[1:].all():  # plain text goes on from a few words
-                first = min(16, len(tokens) // 2)
-            stop = first + int(np.append(~supervised[first:], True).argmax())
-            self.prompts.append(tokens["id"][:first].tolist())
-            self.answers.append(tokens["id"][first:stop].tolist())
-        lines = [encoding.decode(prompt).replace("<|endoftext|>", "\n").splitlines() for prompt in self.prompts]
-        for own in lines:
-            seen.update(set(own))
-        del self.prompts[count:], self.answers[count:]
-        self.titles = [shorten(" ".join(line for line in own if line.strip() and (seen[line] == 1 or len(lines) == 1)))
-                       for own in lines[:count]]  # lines that stand in several prompts are the template's
-
-    def answer(self, model, count):
-        """One greedy answer to each of the first prompts, as ids, cut at the length of the right one plus a little."""
-        prompts, answers = self.prompts[:count], [[] for _ in self.prompts[:count]]
-        limit = min(64, max(map(len, self.answers), default=0) + 4)
-        room = model.config.block_size - max(map(len, prompts), default=0)
-        if prompts and room > 0:
-            for step in model.generate(prompts, min(limit, room), stop=self.encoding.eot_token,
-                                       n_vocab=self.encoding.n_vocab):
-                for answer, token in zip(answers, step, strict=True):
-                    answer += [token] if token is not None else []
-        return answers
-
-    def text(self, ids):
-        return shorten(self.encoding.decode([token for token in ids if token != self.encoding.eot_token]))
-
-    def show(self, model, heading):
-        status("")
-        print(f"  {heading}:")
-        answers = self.answer(model, 2 if self.before else len(self.prompts))
-        self.before = self.before or answers
-        for title, answer, expected in zip(self.titles[:2], answers, self.answers, strict=False):
-            right = "  (exact)" if answer == expected else ""
-            print(f"    {title} -> {self.text(answer)!r}{right}", flush=True)
-
-    def table(self, model):
-        """Prints the held-out prompts with the answers before and after."""
-        print("  held-out prompts, before and after:")
-        after = self.answer(model, len(self.prompts))
-        for title, before, now, right in zip(self.titles, self.before or after, after, self.answers, strict=True):
-            print(f"    {title}\n" + f"      before: {self.text(before)!r}\n" * bool(self.before)
-                  + f"      after:  {self.text(now)!r}"
-                  + ("  (exact)" if now == right else f"\n      right:  {self.text(right)!r}"))
-
-
-def shorten(text, width=100):
-    return text if len(text) <= width else text[:width // 2 - 2] + " ... " + text[-width // 2 + 3:]
+    loss, supervised = example_losses(model, shards, budget)
+    return float(loss.sum() / supervised.sum())
 
 
 # ---- checkpoint and log ---------------------------------------------------------------------------------------------
@@ -535,56 +306,6 @@ def resumed(config, saved, out_dir):
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
                         f"from its weights with --init_from={out_dir}")
     return TrainConfig(**{**saved, **flags, "resume": True, "overwrite": False})
-
-
-def read_rows(path):
-    """The rows of a CSV file as dicts; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
-
-
-def write_rows(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else COLUMNS)
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
-
-
-def plot(out_dir):
-    """loss.png from log.csv, where matplotlib is installed: both losses, the best step, the learning rate."""
-    if not find_spec("matplotlib"):
-        return
-    from matplotlib.figure import Figure
-    gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
-    rows = read_rows(out_dir / "log.csv")
-    steps, losses, rates, tokens = ([float(row[name]) for row in rows]
-                                    for name in ("step", "train_loss", "learning_rate", "tokens"))
-    evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
-    window = max(1, len(rows) // 50)
-    if len(rows) >= window:
-        axes.plot(steps[window - 1:], np.convolve(losses, np.ones(window) / window, "valid"), color="tab:blue",
-                  label="training" + f", mean of {window} steps" * (window > 1))
-    if evaluated:
-        step, best = min(evaluated, key=lambda one: (math.isnan(one[1]), one[1]))
-        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
-        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3,
-                  label=f"best: {best:.4f} at step {step:,.0f}")
-    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
-    mean = sum(tokens) / max(1, len(rows)) or 1
-    axes.secondary_xaxis("top", functions=(lambda step: step * mean, lambda n: n / mean)).set_xlabel("tokens")
-    right = axes.twinx()
-    right.plot(steps, rates, ":", color="tab:green")
-    right.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    axes.legend(loc="upper right")
-    with atomic_file(out_dir / "loss.png") as file:
-        figure.savefig(file, format="png", dpi=120)
 
 
 class Interrupt:
@@ -638,16 +359,8 @@ def joined(device):
             yield device
             all_reduce(0)  # none leaves while another still talks
     finally:
+        gc.collect()  # DistributedDataParallel refers to itself, and would keep the group's threads until Python is gone
         dist.destroy_process_group()
-
-
-def keep_freed_memory():
-    """Tells glibc to keep what is freed: giving memory back and getting it anew, page by page, costs a training step on
-    a CPU more than AdamW does."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)  # other C libraries have none
-        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
-            mallopt(option, value)
 
 
 def matmul_rate(dtype, device):
@@ -802,9 +515,8 @@ def open_run(config):
 def save_weights(model, directory, meta, base):
     """Hugging Face's layout or, under LoRA, PEFT's; with the prompt's wording, so that it can be moved alone."""
     directory.mkdir(parents=True, exist_ok=True)
-    with atomic_file(directory / "prompt.json") as file:  # first: where there are weights, all that they need is there
-        file.write(json.dumps({**meta["prompt"], "encoding": meta["encoding"],
-                               **{f"base_{name}": value for name, value in base.items()}}, indent=1).encode())
+    write_json(directory / "prompt.json", {  # first: where there are weights, all that they need is there
+        **meta["prompt"], "encoding": meta["encoding"], **{f"base_{name}": value for name, value in base.items()}})
     if "sha256" in base:
         path = locate(base["name"])
         model.save_adapter(directory, f"openai-community/{base['name']}" if base["name"] in SIZES else str(
@@ -832,85 +544,6 @@ def describe(model, base, plan, config, train, val, dtype, device):
               + "--gradient_checkpointing, a smaller --micro_batch_tokens or a smaller model", flush=True)
 
 
-class Log:
-    """log.csv, the progress line, and Weights & Biases or tensorboard where they are wanted. A row's loss and norm may
-    still be on their way from a GPU: they are read ten steps at a time, or when somebody wants to see them."""
-
-    def __init__(self, config, plan, out_dir, step, rate):
-        self.plan, self.rate, self.rows, self.skipped, self.in_a_row = plan, rate, [], 0, 0
-        self.path, self.first, self.began, self.trackers = out_dir / "log.csv", step, time.perf_counter(), []
-        if place()[0] == 0:
-            write_rows(self.path, [row for row in read_rows(self.path) if int(row["step"]) <= step])
-            self.trackers = trackers(config, out_dir)
-
-    def add(self, row, work, last, due):
-        """Takes a step's row, in COLUMNS' order; `work` is its multiplications and additions. What a checkpoint that is
-        `due` proves finished must stand in log.csv."""
-        self.rows.append(dict(zip(COLUMNS, row, strict=True)))
-        row, step, plan = self.rows[-1], row[0], self.plan
-        if len(self.rows) < 10 and step % plan.log_interval and step % plan.eval_interval and not (last or due):
-            return
-        for unread in self.rows:
-            unread["train_loss"], unread["grad_norm"] = float(unread["train_loss"]), float(unread["grad_norm"])
-            finite = math.isfinite(unread["train_loss"] + unread["grad_norm"])
-            self.skipped, self.in_a_row = self.skipped + (not finite), 0 if finite else self.in_a_row + 1
-        if step % plan.log_interval == 0 or last or self.in_a_row:
-            left = (time.perf_counter() - self.began) / (step - self.first) * (plan.total - step)
-            share = work / row["seconds"] / self.rate
-            status(f"step {step:,}/{plan.total:,}  loss {row['train_loss']:.4f}  lr {row['learning_rate']:.2e}  norm "
-                   f"{row['grad_norm']:.2f}  {row['tokens'] / row['seconds']:,.0f} tokens/s, "
-                   f"{share:.0%} of the matmul rate  {left // 60:.0f}:{left % 60:02.0f} left"
-                   + f"  ({self.skipped} skipped: not finite)" * bool(self.skipped), end=not sys.stdout.isatty())
-
-    def write(self):
-        """Writes the rows that were read."""
-        rows = [row for row in self.rows if isinstance(row["train_loss"], float)]
-        self.rows = self.rows[len(rows):]
-        if place()[0] or not rows:
-            return
-        with opened(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerows({name: f"{value:.8g}" if isinstance(value, float) else value
-                                                     for name, value in row.items()} for row in rows)
-        for row in rows if self.trackers else ():
-            numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "lr": row["learning_rate"],
-                       "grad_norm": row["grad_norm"], "tokens_per_second": row["tokens"] / row["seconds"]}
-            for track in self.trackers:
-                track({name: value for name, value in numbers.items() if value != ""}, row["step"])
-
-
-def trackers(config, out_dir):
-    """Functions of (numbers by name, step) that log elsewhere."""
-    functions = []
-    if config.wandb:
-        import wandb
-        functions.append(wandb.init(project="nanosft", name=out_dir.name, config=dataclasses.asdict(config)).log)
-    if config.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out_dir / "tensorboard")
-        functions.append(lambda numbers, step: [writer.add_scalar(*number, step) for number in numbers.items()])
-    return functions
-
-
-def find_hardest(model, shards, budget, encoding, out_dir, count):
-    """Writes every training example's mean loss to examples.csv, hardest first, and prints the first few: wrong labels
-    and broken records stand among them."""
-    loss, supervised = example_losses(model, shards, budget)
-    if place()[1] > 1:
-        for array in (loss, supervised):
-            dist.all_reduce(torch.from_numpy(array))
-    if place()[0]:
-        return
-    mean = loss / np.maximum(supervised, 1)
-    order = np.argsort(-mean, kind="stable")
-    texts = {int(i): encoding.decode(shards[i]["id"].tolist()) for i in order[:1000]}
-    write_rows(out_dir / "examples.csv", [{"example": i, "loss": f"{mean[i]:.6f}", "supervised_tokens": supervised[i],
-                                           "text": texts.get(int(i), "")} for i in order])
-    status("")
-    print(f"  the hardest training examples (all {len(shards):,} by loss in {out_dir / 'examples.csv'}):")
-    for i in order[:count]:
-        print(f"    {mean[i]:7.3f}  {shorten(' '.join(texts[int(i)].replace('<|endoftext|>', ' ').split()))}")
-
-
 def main(config):
     """Trains as config says, into config.out_dir; returns the numbers that it reached."""
     with joined(pick_device(config.device)) as device:
@@ -934,10 +567,7 @@ def train(config, device):
         if not parameter.requires_grad:  # frozen weights need no more precision than they are used in
             parameter.data = parameter.data.to(dtype)
     plan = Plan.of(config, base, shards.lengths, device)
-    optimizer = (SlicedAdamW if device.type == "cpu" or config.low_memory else torch.optim.AdamW)(
-        optimizer_groups(model, config.weight_decay), lr=plan.learning_rate, betas=(config.beta1, config.beta2),
-        fused=device.type in ("cpu", "cuda"))
-    optimizer.half = config.low_memory
+    optimizer = build_optimizer(model, config, plan.learning_rate, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, elapsed, best_val_loss, crc, first_step = 0, 0.0, math.inf, 0, 0
     if checkpoint:
@@ -968,7 +598,7 @@ def train(config, device):
 
     limit, val_loss, loss, signum, saved, started = (
         60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
-    log = Log(config, plan, out_dir, step, matmul_rate(dtype, device))
+    log = Log(config, plan, out_dir, step, matmul_rate(dtype, device), writes=rank == 0)
     per_token, per_target = operations(model, 1, 0), operations(model, 0, 1)
     with Interrupt() as interrupt:
         while step < plan.total and not signum and not (limit and elapsed >= limit):
@@ -982,7 +612,7 @@ def train(config, device):
             indices = examples_of_step(step, len(shards), config.batch_size, config.seed)
             crc = functools.reduce(lambda crc, i: zlib.crc32(shards[i].tobytes(), crc), indices, crc)
             supervised, tokens = shards.supervised(indices), int(shards.lengths[indices].sum())
-            loss = gradients(rank_model, scaler, shards.batches(indices, budget), supervised)
+            loss = gradients(rank_model, scaler, shards.batches(indices, budget, *place()), supervised)
             if place()[1] > 1:
                 dist.all_reduce(loss)
             norm = update(optimizer, scaler, loss, config.grad_clip)
@@ -990,9 +620,9 @@ def train(config, device):
             signum, elapsed = all_reduce(interrupt.signum, time.perf_counter() - started, how="MAX")
             last = step == plan.total or bool(limit) and elapsed >= limit
             due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
-            log.add((step, f"{step / plan.epoch:.4f}", loss, "", learning_rate, norm, tokens, supervised,
-                     time.perf_counter() - step_started), per_token * tokens + per_target * supervised,
-                    last or signum, due)
+            log.add(per_token * tokens + per_target * supervised, last or signum or due, step=step,
+                    epoch=f"{step / plan.epoch:.4f}", train_loss=loss, learning_rate=learning_rate, grad_norm=norm,
+                    tokens=tokens, supervised_tokens=supervised, seconds=time.perf_counter() - step_started)
             if last or step % plan.eval_interval == 0:
                 if len(val):
                     val_loss = log.rows[-1]["val_loss"] = evaluate(model, val, budget)
@@ -1031,8 +661,9 @@ def train(config, device):
     else:
         if rank == 0:
             samples.table(model)
-        if config.hardest:
-            find_hardest(model, shards, budget, encoding, out_dir, config.hardest)
+        losses = example_losses(model, shards, budget) if config.hardest else ()
+        if losses and rank == 0:
+            find_hardest(*losses, shards, encoding, out_dir, config.hardest)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))

@@ -24,10 +24,12 @@ import prepare_data
 import sample
 import train
 from config import UserError
-from model import GPT, read_safetensors, write_safetensors
+from dataset import Shards, load_meta
+from model import GPT
 from prepare_data import PrepareConfig
 from sample import SampleConfig
-from train import Shards, TrainConfig, load_meta
+from train import TrainConfig
+from weights import read_safetensors, write_safetensors
 
 GONE = object()  # in a change of JSON: the key is deleted
 
@@ -384,7 +386,7 @@ def test_prepared_data(change, message, data, tmp_path, monkeypatch):
 def test_a_shard_is_checked_in_parts(tmp_path):
     """As a whole and in parts of any size the answers are the same, the bad token found wherever it stands."""
     tokens = np.zeros(1000, [("id", "<u2"), ("flags", "u1")])
-    tokens["flags"][::7], tokens["flags"][3::7] = train.START, train.SUPERVISED
+    tokens["flags"][::7], tokens["flags"][3::7] = prepare_data.START, prepare_data.SUPERVISED
     np.save(tmp_path / "a.npy", tokens)
     for size in (1, 7, 999, 1000, 1 << 20):
         _, starts, supervised = Shards.read(tmp_path / "a.npy", 257, size)

@@ -20,9 +20,10 @@ import torch
 from conftest import ROOT, colour_records, tiny, write_lines
 
 import config as config_module
-import model as model_module
 import prepare_data
 import train
+import watch
+import weights as weights_module
 from model import GPT
 from train import TrainConfig
 
@@ -327,7 +328,7 @@ def test_a_write_that_fails_ends_the_run_in_one_line_and_keeps_the_checkpoint(wh
         return open("/dev/full" if bad else path, *args, **options)
     saved = after_first_save(monkeypatch, lambda: None)
     with monkeypatch.context() as patch:
-        for module in (model_module, train):
+        for module in (weights_module, train):
             patch.setattr(module, "open", full, raising=False)
         code, err = command(out_dir=tmp_path / "out", **{"max_steps": 300, **flags})
     goes_on(command, tmp_path / "out", saved[1], saved[0], code, err, name)
@@ -338,7 +339,7 @@ def test_a_log_that_cannot_be_written_anew_stays_as_it_was(tmp_path, command, mo
     command(out_dir=tmp_path / "out")
     before = snapshot(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(model_module, "open", lambda path, *args, **options: open(
+        patch.setattr(weights_module, "open", lambda path, *args, **options: open(
             "/dev/full" if "log.csv" in str(path) else path, *args, **options), raising=False)
         code, err = command(out_dir=tmp_path / "out", resume=True, max_steps=9)
     assert code == 1 and len(err) == 1 and "log.csv" in err[0] and snapshot(tmp_path / "out") == before
@@ -449,7 +450,7 @@ def test_an_overwritten_run_leaves_nothing_behind(tmp_path, command):
     (tmp_path / "out" / "notes.txt").write_text("the user's own")
     command(**flags, max_steps=3)
     assert steps(tmp_path / "out") == [1, 2, 3] and not leftovers(tmp_path / "out")
-    assert [row["step"] for row in train.read_rows(tmp_path / "out" / "forget.csv")] == ["0", "3"]
+    assert [row["step"] for row in watch.read_rows(tmp_path / "out" / "forget.csv")] == ["0", "3"]
     assert (tmp_path / "out" / "notes.txt").exists()
 
 

@@ -13,11 +13,14 @@ from test_train import NO_SCALER, plain_loop, same_weights, stop_after
 
 import sample
 import train
+import watch
 from config import UserError
+from dataset import Shards, load_meta
 from model import GPT, LoraLinear, optimizer_groups
 from prepare_data import get_encoding
 from sample import SampleConfig
-from train import Forgetting, Shards, TrainConfig, learning_rate_at, load_meta
+from train import TrainConfig, learning_rate_at
+from watch import Forgetting
 
 IDX = torch.arange(48)[None]
 
@@ -226,5 +229,5 @@ def test_bits_per_byte_are_what_a_uniform_guess_costs(fit, tmp_path):
     forgetting = Forgetting(config, {"name": "x"}, get_encoding("bytes"), out, 0)
     assert f"{math.log2(257):.3f} bits per byte" in forgetting.measure(model, 0)  # 200 bytes in 4 blocks, each once
     fit("run", forget_text=str(tmp_path / "text.txt"))
-    rows = train.read_rows(tmp_path / "run" / "forget.csv")
+    rows = watch.read_rows(tmp_path / "run" / "forget.csv")
     assert [row["step"] for row in rows] == ["0", "3", "6"] and len({row["bits_per_byte"] for row in rows}) == 3

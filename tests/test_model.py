@@ -11,9 +11,13 @@ import transformers
 from conftest import randomise, tiny
 from safetensors.torch import load_file, save_file
 
+import cpu
 import model as model_module
+import weights
 from config import UserError
-from model import GPT, IGNORE, SIZES, read_safetensors, write_safetensors
+from cpu import Linear, SlicedAdamW
+from model import GPT, IGNORE
+from weights import SIZES, read_safetensors, write_safetensors
 
 
 def reference(n_layer=2, n_head=4, n_embd=32, vocab_size=257, n_positions=64, seed=0, std=0.1):
@@ -158,7 +162,7 @@ def test_gradients_written_in_place_are_autograds_own(dtype, lora, monkeypatch):
     model.compute_dtype, results = dtype, []
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr(model_module, "writes_gradient", lambda weight: False)
+            monkeypatch.setattr(cpu, "writes_gradient", lambda weight: False)
         for seeds in ((0, 1), (2, 3)):
             model.zero_grad(set_to_none=True)
             for seed in seeds:
@@ -354,7 +358,8 @@ def hub(tmp_path, monkeypatch):
 
 
 def load_small_gpt2(monkeypatch):
-    monkeypatch.setattr(model_module, "config_from", lambda state, path: model_module.GPTConfig(64, 50257, 2, 1, 64))
+    numbers = dict(zip(weights.NUMBERS, (64, 50257, 2, 1, 64), strict=True))
+    monkeypatch.setattr(weights, "config_from", lambda state, path: {**numbers})
     return GPT.from_pretrained("gpt2")
 
 
@@ -414,7 +419,7 @@ def test_bfloat16_resolves_logits_that_all_lie_far_from_zero(written, monkeypatc
     exact, logits = model(idx, targets, LENGTHS).item(), model(idx, lengths=LENGTHS)
     assert logits.mean().abs() > 60 and logits.std(-1).mean() < 10
     if not written:
-        monkeypatch.setattr(model_module, "writes_gradient", lambda weight: False)
+        monkeypatch.setattr(cpu, "writes_gradient", lambda weight: False)
     model.compute_dtype, expected = torch.bfloat16, logits.log_softmax(-1)
     assert model(idx, targets, LENGTHS).item() == pytest.approx(exact, rel=3e-3)
     for grad in (True, False):
@@ -427,7 +432,7 @@ def test_bfloat16_resolves_logits_that_all_lie_far_from_zero(written, monkeypatc
 def test_every_way_to_multiply_by_a_weight_gives_the_same(rows):
     """float32 or bfloat16 inputs, with gradients (written or autograd's) or without, few rows or many."""
     generator = torch.Generator().manual_seed(0)
-    layer = randomise(model_module.Linear(48, 96))
+    layer = randomise(Linear(48, 96))
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         x = torch.randn(rows, 48, generator=generator)
         expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
@@ -454,7 +459,7 @@ def test_the_weight_that_the_optimizer_leaves_in_its_gradients_place_is_the_new_
     model, (idx, targets) = tiny(), packed_batch()
     model.compute_dtype = torch.bfloat16
     plain = copy.deepcopy(model)
-    ours = model_module.SlicedAdamW(model.parameters(), lr=1e-2, fused=True)
+    ours = SlicedAdamW(model.parameters(), lr=1e-2, fused=True)
     ours.grad_scale, ours.found_inf = torch.ones(()), torch.zeros(())
     model(idx, targets, LENGTHS).backward()
     assert model.wte.weight.grad.dtype == torch.bfloat16

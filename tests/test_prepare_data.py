@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import prepare_data
 from config import UserError
-from prepare_data import EOT, START, SUPERVISED, PrepareConfig, encode, get_encoding, render, to_messages
+from prepare_data import EOT, START, SUPERVISED, PrepareConfig, encode, get_encoding, render
+from records import to_messages
 
 BYTES = get_encoding("bytes")
 STOP = BYTES.eot_token

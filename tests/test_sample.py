@@ -8,9 +8,11 @@ import transformers
 from conftest import randomise, tiny
 
 import sample
+import weights
 from config import UserError
 from model import GPT, GPTConfig
-from prepare_data import encode, get_encoding, render, to_messages
+from prepare_data import encode, get_encoding, render
+from records import to_messages
 from sample import SampleConfig
 
 BYTES = get_encoding("bytes")
@@ -287,7 +289,7 @@ def test_an_export_loads_in_transformers_with_the_same_logits_and_prompt_ids(tem
 
 
 def test_the_recovered_merges_are_openais(gpt2_encoding):
-    vocabulary, merges = sample.tokenizer_files(gpt2_encoding)
+    vocabulary, merges = weights.tokenizer_files(gpt2_encoding)
     lines = merges.splitlines()
     assert len(json.loads(vocabulary)) == 50257 and len(lines) == 50001
     assert lines[:4] == ["#version: 0.2", "Ġ t", "Ġ a", "h e"] and lines[-1] == "Ġg azed"

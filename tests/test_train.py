@@ -20,10 +20,13 @@ from hypothesis import strategies as st
 import prepare_data
 import sample
 import train
+import watch
 from config import UserError, parse_config
-from model import GPT, IGNORE, SlicedAdamW, optimizer_groups
+from cpu import SlicedAdamW
+from dataset import Shards, examples_of_step, load_meta, micro_batches
+from model import GPT, IGNORE, optimizer_groups
 from prepare_data import get_encoding
-from train import Shards, TrainConfig, examples_of_step, gradients, learning_rate_at, load_meta, micro_batches
+from train import TrainConfig, gradients, learning_rate_at
 
 BASE = dict(n_layer=2, n_head=2, n_embd=32, device="cpu", dtype="float32", compile="off", max_steps=6, eval_interval=3,
             batch_size=4, hardest=0)
@@ -317,7 +320,7 @@ def test_results_load_in_transformers_and_carry_the_prompts_wording(fit, tmp_pat
         idx = torch.arange(40)[None]
         assert torch.allclose(ours(idx), theirs(idx).logits, atol=1e-5)
     assert json.loads((tmp_path / "out" / "best" / "prompt.json").read_text())["template"] == "chat"
-    assert list(rows(tmp_path / "out")[0]) == train.COLUMNS
+    assert list(rows(tmp_path / "out")[0]) == watch.COLUMNS
 
 
 def test_without_validation_data_best_is_last(fit, prepare, tmp_path):
@@ -432,7 +435,7 @@ def test_a_bug_of_ours_still_shows_its_traceback(tmp_path):
 
 
 def test_answers_in_training_stop_at_the_context(fit, data):
-    samples = train.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"))
+    samples = watch.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"))
     model = tiny(block_size=int(max(map(len, samples.prompts))))
     assert samples.answer(model, 5) == [[]] * 5
 
