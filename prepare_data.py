@@ -12,7 +12,6 @@ A record is one of (its keys tell which):
     any columns, with --prompt_format="Title: {title}\\nCategory:" --response_format=" {category}"
 """
 import hashlib
-import http.client
 import json
 import os
 import re
@@ -20,8 +19,6 @@ import shutil
 import sys
 import tempfile
 import time
-import urllib.parse
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +29,7 @@ import numpy as np
 import tiktoken
 
 from config import UserError, require, run, status
-from records import UNREADABLE, fill, open_text, read_records, to_messages
+from records import UNREADABLE, fetch, fill, open_text, read_records, sha256_of, to_messages
 
 FORMAT_VERSION = 1
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
@@ -197,11 +194,8 @@ def fingerprints(segments, seed):
              for text, supervised in segments]  # a greeting before the first question is no prompt
     first = next((index for index, (_, supervised) in enumerate(segments) if supervised and any(asked[:index])), 0)
     prompt = "".join(marked[:first] or marked)
-    try:
-        share = int.from_bytes(hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest(), "big") / 2**64
-        return share, hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
-    except UnicodeEncodeError as error:
-        raise UserError(f"half a surrogate pair ({error.object[error.start]!a}) is no text; repair it") from None
+    share = int.from_bytes(hashlib.blake2b(f"{seed} {prompt}".encode(), digest_size=8).digest(), "big") / 2**64
+    return share, hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
 
 
 def split_of(share, val_fraction, test_fraction):
@@ -276,36 +270,6 @@ class ShardWriter:
 
 # ---- the whole job --------------------------------------------------------------------------------------------------
 
-def fetch(source, directory):
-    """(path, name) of the input; a URL is downloaded into `directory` first."""
-    if not re.match(r"https?://", source):
-        path = Path(source) if source else Path(__file__).parent / "data" / "demo.jsonl"
-        if not path.is_file():
-            raise UserError(f"--input: {source!r} is {'a directory' if path.is_dir() else 'not there'}; give a file")
-        return path, path.name
-    name = Path(urllib.request.url2pathname(source.split("?")[0])).name
-    path = Path(directory) / "download"
-    try:
-        with urllib.request.urlopen(urllib.parse.quote(source, safe=":/?&=%#"), timeout=60) as response:
-            with open(path, "wb") as file:
-                while piece := response.read(1 << 20):
-                    file.write(piece)
-                    status(f"downloading {name}: {file.tell() / 1e6:.0f} MB")
-            if response.length:
-                raise OSError("it broke off")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"--input: cannot download {source} ({error}); check the address and try again") from None
-    return path, name
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def encode_document(path, config, encoding, pool):
     """Yields (split, record, examples) of a .txt file, which is one document: its end is held out, and each part is cut
     into blocks. The text is kept for the test part alone; nothing else stays in memory."""
@@ -344,40 +308,31 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                 while messages and messages[-1][0] in ("system", "user"):
                     messages.pop()
                     report["cut: turns at the end that nobody answered"] += 1
-                if not messages or not any(value.strip() for value in messages[-1][1].values()):
+                if messages and any(value.strip() for value in messages[-1][1].values()):
+                    kept.append((record, messages, render(messages, spec)))
+                else:
                     report["dropped: no answer"] += 1
-                    continue
-                segments = render(messages, spec)
-                share, digest = fingerprints(segments, config.seed)
             except UserError as error:
                 raise UserError(f"{name}, {place}: {error}") from None
+        encoded = encode_all(encoding, [text for *_, segments in kept for text, _ in segments if text is not EOT], pool)
+        for record, messages, segments in kept:
+            ids, flags = join(segments, encoded, eot, config.train_on_prompt)
+            long, is_text = len(ids) > limit, messages[0][0] == "text"
+            while config.overlong == "truncate" and messages and len(ids) > limit and not is_text:
+                if messages := shorten(messages, len(ids) - limit, encoding):
+                    segments = render(messages, spec)
+                    ids, flags = encode(segments, encoding, config.train_on_prompt)
+            if len(ids) > limit and not is_text:
+                report[f"dropped: longer than --block_size={config.block_size}"] += 1
+                continue
+            share, digest = fingerprints(segments, config.seed)
             if digest in seen:
                 report["dropped: exact duplicates"] += 1
                 continue
             seen.add(digest)
-            kept.append((record, messages, segments, share))
-        texts = [text for *_, segments, _ in kept for text, _ in segments if text is not EOT]
-        encoded = encode_all(encoding, texts, pool)
-        for record, messages, segments, share in kept:
-            ids, flags = join(segments, encoded, eot, config.train_on_prompt)
-            examples = [(ids, flags)]
-            if len(ids) > limit and messages[0][0] == "text":
-                examples = blocks([ids], config.block_size)
-            elif len(ids) > limit:
-                while config.overlong == "truncate" and messages and len(ids) > limit:
-                    if messages := shorten(messages, len(ids) - limit, encoding):
-                        ids, flags = encode(render(messages, spec), encoding, config.train_on_prompt)
-                if len(ids) > limit:
-                    report[f"dropped: longer than --block_size={config.block_size}"] += 1
-                    continue
-                share, digest = fingerprints(render(messages, spec), config.seed)
-                if digest in seen:
-                    report["dropped: exact duplicates"] += 1
-                    continue
-                seen.add(digest)
-                report[f"truncated to --block_size={config.block_size}"] += 1
-                examples = [(ids, flags)]
-            yield split_of(share, config.val_fraction, config.test_fraction), record, examples
+            report[f"truncated to --block_size={config.block_size}"] += long and not is_text
+            yield (split_of(share, config.val_fraction, config.test_fraction), record,
+                   blocks([ids], config.block_size) if is_text else [(ids, flags)])
 
 
 def write_shards(parts, work, config, encoding, report):
@@ -428,7 +383,7 @@ def print_report(meta, report, out_dir):
               f"{part['supervised_tokens'] / max(part['tokens'], 1):6.1%} supervised, longest {part['longest']:,}")
     print(f"test  {meta['test']['examples']:10,} records in {out_dir / 'test.jsonl'}")
     for reason, count in report.items():
-        if reason not in ("records", "held out for test"):
+        if count and reason not in ("records", "held out for test"):
             print(f"{count:,} {reason}")
     if not meta["val"]["examples"]:
         print("warning: the validation split is empty; train.py then keeps the last weights, not the best "

@@ -4,16 +4,50 @@ Roles are system, user and assistant; prompt and completion for what is rendered
 """
 import csv
 import gzip
+import hashlib
+import http.client
 import json
 import re
+import urllib.parse
+import urllib.request
 import zlib
 from itertools import islice
 from pathlib import Path
 
-from config import UserError
+from config import UserError, status
 
 UNREADABLE = (ValueError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and response_format
+
+
+def fetch(source, directory):
+    """(path, name) of the input; a URL is downloaded into `directory` first."""
+    if not re.match(r"https?://", source):
+        path = Path(source) if source else Path(__file__).parent / "data" / "demo.jsonl"
+        if not path.is_file():
+            raise UserError(f"--input: {source!r} is {'a directory' if path.is_dir() else 'not there'}; give a file")
+        return path, path.name
+    name = Path(urllib.request.url2pathname(source.split("?")[0])).name
+    path = Path(directory) / "download"
+    try:
+        with urllib.request.urlopen(urllib.parse.quote(source, safe=":/?&=%#"), timeout=60) as response:
+            with open(path, "wb") as file:
+                while piece := response.read(1 << 20):
+                    file.write(piece)
+                    status(f"downloading {name}: {file.tell() / 1e6:.0f} MB")
+            if response.length:
+                raise OSError("it broke off")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise UserError(f"--input: cannot download {source} ({error}); check the address and try again") from None
+    return path, name
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def open_text(path, newline=""):
@@ -70,6 +104,15 @@ def beginning(value):
     return "".join(islice(json.JSONEncoder().iterencode(value), 40))[:40]
 
 
+def whole(text, name):
+    """`text`, if it is one that UTF-8 can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: half a surrogate pair ({text[error.start]!a}) is no text; repair it") from None
+    return text
+
+
 def text_of(fields, key):
     """A field's text; numbers are written out, and anything else is refused by name."""
     if key not in fields:
@@ -79,7 +122,7 @@ def text_of(fields, key):
         return str(value)
     if not isinstance(value, str):
         raise UserError(f"{key!r} must be text, not {beginning(value)}")
-    return value
+    return whole(value, repr(key))
 
 
 def fill(template, fields, flag):
@@ -88,7 +131,7 @@ def fill(template, fields, flag):
         if match[1] not in fields:
             raise UserError(f"--{flag} names {{{match[1]}}}; the columns are {', '.join(map(str, fields)) or 'none'}")
         return text_of(fields, match[1])
-    return NAME.sub(value, template)
+    return NAME.sub(value, whole(template, f"--{flag}"))
 
 
 def conversation(turns, role_key, content_key):

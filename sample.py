@@ -12,9 +12,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 
 import torch
@@ -22,8 +21,9 @@ import torch
 from config import UserError, require, run, status
 from dataset import load_meta
 from model import GPT
-from prepare_data import alpaca_prompt, encode, get_encoding, render, sha256_of
-from records import NAME, fill, read_records, to_messages
+from prepare_data import alpaca_prompt, encode, get_encoding, render
+from records import NAME, fill, read_records, sha256_of, to_messages
+from score import confusion, score, summary
 from train import pick_device, pick_dtype
 from weights import atomic_file, base_of, locate, read_json, tokenizer_files
 
@@ -293,65 +293,6 @@ def classify(voice, prompts, labels):
     return likeliest
 
 
-def interval(right, count):
-    """Wilson's 95 % confidence interval of a share."""
-    z, share = 1.96, right / count
-    middle, half = share + z * z / (2 * count), z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
-    return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
-
-
-def confusion(pairs, labels):
-    """Prints, for (truth, prediction) pairs, how often each label was taken for which, and each label's recall."""
-    counts, width = Counter(pairs), max(8, *(len(label.strip()) + 1 for label in labels))
-    print("\n" + "truth \\ likeliest".ljust(18) + "".join(label.strip()[:width - 1].rjust(width) for label in labels)
-          + "recall".rjust(9))
-    for truth in labels:
-        row = [counts[truth, label] for label in labels]
-        recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
-        print(truth.strip()[:17].ljust(18) + "".join(str(n).rjust(width) for n in row) + recall.rjust(9))
-    right = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
-    print("precision".ljust(18) + "".join(f"{share:.0%}".rjust(width) for share in right) + "\n")
-
-
-def score(voice, responses, prompts, references, labels):
-    """The numbers that one voice reached on the records that hold an answer."""
-    scored = [i for i, reference in enumerate(references) if reference is not None]
-    exact = sum(responses[i] is not None and responses[i].strip() == references[i].strip() for i in scored)
-    result = {"records": len(prompts), "scored": len(scored), "exact": exact}
-    if labels:
-        known = {label.strip() for label in labels}
-        result["no_label"] = sum((responses[i] or "").strip() not in known for i in scored)
-        likeliest = classify(voice, [prompts[i] for i in scored], labels)
-        pairs = [(references[i], label) for i, label in zip(scored, likeliest, strict=True)]
-        result["likelihood"] = sum(truth.strip() == label.strip() for truth, label in pairs)
-        result["majority"] = Counter(truth for truth, _ in pairs).most_common(1)[0][1]
-        confusion(pairs, labels)
-    return result
-
-
-def percent(part, whole):
-    return f"{part}/{whole} ({100 * part / whole:.1f} %)"
-
-
-def summary(results):
-    """Prints what each voice reached, a row each, and the last one's exact matches once more, in a line of its own."""
-    table = [["", "exact match"]]
-    for name, result in results.items():
-        count = result["scored"]
-        table.append([name, percent(result["exact"], count)])
-        if "likelihood" in result:
-            low, high = interval(result["likelihood"], count)
-            table[0][2:] = ["no known label", "likeliest label right", "95 % interval", "always the commonest"]
-            table[-1] += [percent(result["no_label"], count), percent(result["likelihood"], count),
-                          f"{100 * low:.1f} to {100 * high:.1f} %", percent(result["majority"], count)]
-    if len(results) > 1 or len(table[0]) > 2:
-        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-        for row in table:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    for line in table[-1:] if results else ():
-        print(f"exact match {line[1]}")
-
-
 def answer_file(voices, config):
     """Answers every record with every voice, writes the records with their responses, and scores them."""
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
@@ -377,7 +318,11 @@ def answer_with(voices, config):
         key = "model's response" if any("response" in record for record in records) else "response"
         for record, response in zip(written, responses, strict=True):
             record[key if len(voices) == 1 else f"response of {voice.name}"] = response
-        results[voice.name] = score(voice, responses, prompts, references, label_set(references, config, voice.spec))
+        labels, scored = label_set(references, config, voice.spec), [truth is not None for truth in references]
+        likeliest = classify(voice, list(compress(prompts, scored)), labels) if labels else []
+        if labels:
+            confusion(zip(compress(references, scored), likeliest, strict=True), labels)
+        results[voice.name] = score(responses, references, labels, likeliest)
     return written, results
 
 

@@ -32,7 +32,8 @@ from config import UserError, require, run, status
 from cpu import SlicedAdamW, keep_freed_memory
 from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
 from model import GPT, IGNORE, GPTConfig, optimizer_groups
-from prepare_data import get_encoding, sha256_of
+from prepare_data import get_encoding
+from records import sha256_of
 from watch import Forgetting, Log, Samples, find_hardest, plot
 from weights import SIZES, atomic_file, locate, write_json
 
@@ -133,12 +134,10 @@ def check_data(meta, checkpoint, data_dir, out_dir):
 
 
 def build_model(config, meta, checkpoint):
-    """(model, base): the checkpoint's, or the one that --init_from names, checked against the data. `base` tells what
-    training began with: its name or path and, under LoRA, which stores no weights of its own, its sha256."""
+    """(model, base): one of the checkpoint's shape, or the one that --init_from names, checked against the data. `base`
+    tells what training began with: its name or path and, under LoRA, which stores no weights of its own, its sha256."""
     if checkpoint and not config.lora_rank:
-        model = GPT(GPTConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
-        return model, checkpoint["base"]
+        return GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["base"]
     init_from = config.init_from or ("gpt2" if meta["encoding"] == "gpt2" else "scratch")
     if init_from == "scratch":
         if config.lora_rank:
@@ -167,7 +166,6 @@ def build_model(config, meta, checkpoint):
         model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","))
         if not any(p.requires_grad for p in model.parameters()):
             raise UserError(f"--lora_targets={config.lora_targets} names no layer; GPT-2's are c_attn, c_proj, c_fc")
-        model.load_state_dict(checkpoint["model"] if checkpoint else {}, strict=False)
     return model, base
 
 
@@ -278,7 +276,7 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path):
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there; name the run's --out_dir, or start it anew with --overwrite")
-    remedy = f"start anew with --overwrite, or from its weights with --init_from={path.parent}"
+    remedy = remedy_for(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format_version"]
@@ -290,9 +288,29 @@ def load_checkpoint(path):
                  scaler=dict, best_val_loss=float, elapsed=float, crc=int, total_steps=int)
     if wrong := [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]:
         raise UserError(f"{path} is damaged ({', '.join(wrong)}); {remedy}")
+    if checkpoint["model_config"].keys() != vars(GPTConfig()).keys():
+        raise UserError(f"{path} is damaged (model_config); {remedy}")
     if unknown := checkpoint["config"].keys() - {field.name for field in dataclasses.fields(TrainConfig)}:
         raise UserError(f"{path} has flags that this program lacks ({', '.join(map(str, unknown))}); {remedy}")
     return checkpoint
+
+
+def restore(checkpoint, path, model, optimizer, scaler):
+    """Puts the weights and states of a checkpoint in their places; UserError where they do not fit."""
+    try:
+        missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        fits = not unexpected and not trainable(model).keys() & set(missing) and all(
+            state[name].shape == p.shape for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # torch's, for what it cannot load
+        fits = False
+    if not fits:
+        raise UserError(f"{path} is damaged (its states do not fit its model); {remedy_for(path)}")
+
+
+def remedy_for(path):
+    return f"start anew with --overwrite, or from its weights with --init_from={path.parent}"
 
 
 def resumed(config, saved, out_dir):
@@ -359,7 +377,7 @@ def joined(device):
             yield device
             all_reduce(0)  # none leaves while another still talks
     finally:
-        gc.collect()  # DistributedDataParallel refers to itself, and would keep the group's threads until Python is gone
+        gc.collect()  # DistributedDataParallel refers to itself; the group's threads must not outlive Python
         dist.destroy_process_group()
 
 
@@ -571,8 +589,7 @@ def train(config, device):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, elapsed, best_val_loss, crc, first_step = 0, 0.0, math.inf, 0, 0
     if checkpoint:
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        restore(checkpoint, out_dir / "ckpt.pt", model, optimizer, scaler)
         step, elapsed, best_val_loss, crc = (checkpoint[name] for name in ("step", "elapsed", "best_val_loss", "crc"))
         first_step = step
         if plan.total != checkpoint["total_steps"]:

@@ -11,89 +11,97 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# name: (file, the code, the broken code)
+# name: (the code, which stands once in one file, the broken code)
 MUTATIONS = {
-    "targets shifted twice": ("train.py", '''tokens["id"][1:].astype(np.int64), IGNORE)''',
+    "targets shifted twice": ('''tokens["id"][1:].astype(np.int64), IGNORE)''',
                               '''np.roll(tokens["id"], -2)[1:].astype(np.int64), IGNORE)'''),
-    "mask ignored": ("train.py", '''np.where(tokens["flags"][1:] & SUPERVISED,''', '''np.where(tokens["flags"][1:] < 9,'''),
-    "stop not supervised": ("prepare_data.py", '''return segments + ([(EOT, True)] if stops''',
+    "mask ignored": ('''np.where(tokens["flags"][1:] & SUPERVISED,''', '''np.where(tokens["flags"][1:] < 9,'''),
+    "stop not supervised": ('''return segments + ([(EOT, True)] if stops''',
                             '''return segments + ([(EOT, False)] if stops'''),
-    "prompt supervised": ("prepare_data.py", '''else [(f"{role}\\n{content}", False)]''',
+    "prompt supervised": ('''else [(f"{role}\\n{content}", False)]''',
                           '''else [(f"{role}\\n{content}", True)]'''),
-    "mean of micro-batch means": ("train.py", '''model(*batch) / supervised''', '''model(*batch) / int((batch[1] != IGNORE).sum())'''),
-    "layer norms swapped": ("model.py", '''x = x + self.attn(self.ln_1(x), layout, cache)
+    "mean of micro-batch means": ('''model(*batch) / supervised''', '''model(*batch) / int((batch[1] != IGNORE).sum())'''),
+    "layer norms swapped": ('''x = x + self.attn(self.ln_1(x), layout, cache)
         return x + self.mlp(self.ln_2(x))''', '''x = x + self.attn(self.ln_2(x), layout, cache)
         return x + self.mlp(self.ln_1(x))'''),
-    "biases dropped": ("model.py", '''return linear(x, self.weight, self.bias, self.kept)''', '''return linear(x, self.weight, self.bias * 0, self.kept)'''),
-    "gradient overwritten, not added": ("model.py", '''weight.grad.add_(product)''', '''weight.grad.copy_(product)'''),
-    "a second gradient added to the first one's room": ("model.py", '''weight.grad = kept.room("sum", weight, weight.dtype).copy_(weight.grad)''', '''pass'''),
-    "a cast used after its weight has changed": ("model.py", '''if kept.get("of") != done or again and not mark:''', '''if kept.get("of") != done:'''),
-    "the tail seen by the examples": ("model.py", '''torch.cat([taken.nonzero(), (~taken).nonzero()[:tail]]).squeeze(1)''', '''torch.cat([taken.nonzero() + (tail > 0), taken.nonzero()[:tail]]).squeeze(1) % (B * T)'''),
-    "unsupervised rows counted": ("model.py", '''ignore_index=IGNORE, reduction="none")''', '''ignore_index=-7, reduction="none")'''),
-    "means of bfloat16 never written back": ("model.py", '''rest.copy_(moment)''', '''pass'''),
-    "embedding's rows forgotten": ("model.py", '''    x.register_hook(add_rows)''', '''    x.requires_grad'''),
-    "bfloat16 logits far from zero": ("model.py", '''if x.element_size() == 2:''', '''if False:'''),
-    "LoRA scaled by alpha alone": ("model.py", '''alpha / rank, dropout''', '''alpha, dropout'''),
-    "label's stop not scored": ("sample.py", '''encode_ordinary(label) + [voice.encoding.eot_token]''', '''encode_ordinary(label)'''),
-    "exact GELU": ("model.py", ''', approximate="tanh")''', ''')'''),
-    "packed examples see each other": ("model.py", '''lengths = torch.as_tensor(lengths)
+    "biases dropped": ('''return linear(x, self.weight, self.bias, self.kept)''', '''return linear(x, self.weight, self.bias * 0, self.kept)'''),
+    "gradient overwritten, not added": ('''weight.grad.add_(product)''', '''weight.grad.copy_(product)'''),
+    "a second gradient added to the first one's room": ('''weight.grad = kept.room("sum", weight, weight.dtype).copy_(weight.grad)''', '''pass'''),
+    "a cast used after its weight has changed": ('''if self.get("holds") != (state := (dtype, weight.data_ptr(), weight._version)):''',
+                                                 '''if self.get("holds") is None and (state := 1):'''),
+    "a cast used after autograd's step": ('''        kept["holds"] = None  # it is about to change''', '''        pass'''),
+    "the gradient left where the new weight belongs": ('''parts[0].copy_(part)''', '''pass'''),
+    "gradient of the logits not scaled": ('''part.copy_(probability.mul_(scale))''', '''part.copy_(probability)'''),
+    "the tail seen by the examples": ('''torch.cat([taken.nonzero(), (~taken).nonzero()[:tail]]).squeeze(1)''', '''torch.cat([taken.nonzero() + (tail > 0), taken.nonzero()[:tail]]).squeeze(1) % (B * T)'''),
+    "unsupervised rows counted": ('''(log_sum - right).masked_fill(targets == IGNORE, 0)''', '''log_sum - right'''),
+    "means of bfloat16 never written back": ('''rest.copy_(moment)''', '''pass'''),
+    "embedding's rows forgotten": ('''    x.register_hook(add_rows)''', '''    x.requires_grad'''),
+    "bfloat16 logits far from zero": ('''if x.element_size() == 2:''', '''if False:'''),
+    "LoRA scaled by alpha alone": ('''alpha / rank, dropout''', '''alpha, dropout'''),
+    "label's stop not scored": ('''encode_ordinary(label) + [voice.encoding.eot_token]''', '''encode_ordinary(label)'''),
+    "exact GELU": (''', approximate="tanh")''', ''')'''),
+    "packed examples see each other": ('''lengths = torch.as_tensor(lengths)
         B, T''', '''lengths = torch.as_tensor(lengths).sum()[None]
         B, T'''),
-    "positions do not restart": ("model.py", '''return cls(send(index % T, device)''', '''return cls(send(torch.arange(len(index)) % 64, device)'''),
-    "attention sees the future": ("model.py", '''dtype=dtype).triu(1)''', '''dtype=dtype).triu(2)'''),
-    "cache written one place late": ("model.py", '''keys[rows, :, layout.position], values[rows, :, layout.position] =''',
+    "positions do not restart": ('''return cls(send(index % T, device)''', '''return cls(send(torch.arange(len(index)) % 64, device)'''),
+    "attention sees the future": ('''dtype=dtype).triu(1)''', '''dtype=dtype).triu(2)'''),
+    "cache written one place late": ('''keys[rows, :, layout.position], values[rows, :, layout.position] =''',
                                      '''late = (layout.position + 1) % keys.size(2)
                 keys[rows, :, late], values[rows, :, late] ='''),
-    "cached position one late": ("model.py", '''position = cache.lengths.clamp(max=''',
+    "cached position one late": ('''position = cache.lengths.clamp(max=''',
                                  '''position = (cache.lengths + 1).clamp(max='''),
-    "padding seen while generating": ("model.py", '''<= position[:, None]''', '''<= position.max()'''),
-    "split by record, not by prompt": ("prepare_data.py", '''f"{seed} {prompt}".encode()''',
+    "padding seen while generating": ('''<= position[:, None]''', '''<= position.max()'''),
+    "split by record, not by prompt": ('''f"{seed} {prompt}".encode()''',
                                        '''f"{seed} {marked}".encode()'''),
-    "special text encoded as special": ("prepare_data.py", '''encoding.encode_ordinary(text) for text, _ in segments''',
+    "special text encoded as special": ('''encoding.encode_ordinary(text) for text, _ in segments''',
                                         '''encoding.encode(text, allowed_special="all") for text, _ in segments'''),
-    "stop cut by truncation": ("prepare_data.py", '''                if len(ids) > limit:
+    "stop cut by truncation": ('''                if len(ids) > limit:
                     report[''', '''                ids, flags = ids[:limit], flags[:limit]
                 if len(ids) > limit:
                     report['''),
-    "partial last step dropped": ("train.py", '''math.ceil(n_examples / batch_size))
+    "partial last step dropped": ('''math.ceil(n_examples / batch_size))
     order''', '''max(1, n_examples // batch_size))
     order'''),
-    "one order for every epoch": ("train.py", '''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
-    "evaluation as a mean of means": ("train.py", '''        loss[group] = np.bincount(owner, each, len(group))
+    "one order for every epoch": ('''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
+    "evaluation as a mean of means": ('''        loss[group] = np.bincount(owner, each, len(group))
         supervised[group] = np.bincount(owner, minlength=len(group))''', '''        loss[group] = each.mean()
         supervised[group] = 1'''),
-    "a process's share counted twice": ("train.py", '''[rank::processes], shards.lengths''', '''[0::processes], shards.lengths'''),
-    "gradients averaged over the processes": ("train.py", '''scaler.scale(loss * processes)''', '''scaler.scale(loss)'''),
-    "an update of NaN": ("train.py", '''~(norm + loss).isfinite()''', '''torch.tensor(False)'''),
-    "resume repeats a step": ("train.py", '''save_checkpoint(out_dir / "ckpt.pt", step=step,''',
+    "a process's share counted twice": ('''[rank::processes], shards.lengths''', '''[0::processes], shards.lengths'''),
+    "gradients averaged over the processes": ('''scaler.scale(loss * processes)''', '''scaler.scale(loss)'''),
+    "an update of NaN": ('''~(norm + loss).isfinite()''', '''torch.tensor(False)'''),
+    "resume repeats a step": ('''save_checkpoint(out_dir / "ckpt.pt", step=step,''',
                               '''save_checkpoint(out_dir / "ckpt.pt", step=step - 1,'''),
-    "resume forgets the optimizer": ("train.py", '''optimizer.load_state_dict(checkpoint["optimizer"])''', '''pass'''),
-    "dropout differs after resume": ("train.py", '''torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)''', '''pass'''),
-    "best overwritten by worse": ("train.py", '''better = val_loss < best_val_loss''', '''better = not val_loss == 4.0'''),
-    "biases decay": ("model.py", '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}''',
+    "resume forgets the optimizer": ('''optimizer.load_state_dict(checkpoint["optimizer"])''', '''pass'''),
+    "dropout differs after resume": ('''torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)''', '''pass'''),
+    "best overwritten by worse": ('''better = val_loss < best_val_loss''', '''better = not val_loss == 4.0'''),
+    "biases decay": ('''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}''',
                      '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": weight_decay}'''),
-    "clipping left out": ("train.py", '''(grad_clip or math.inf)''', '''math.inf'''),
-    "padded vocabulary drawn": ("model.py", '''[:, :n_vocab]''', ''''''),
-    "characters broken while streaming": ("sample.py", '''codecs.getincrementaldecoder("utf-8")(errors="replace"), []''',
+    "clipping left out": ('''(grad_clip or math.inf)''', '''math.inf'''),
+    "padded vocabulary drawn": ('''[:, :n_vocab]''', ''''''),
+    "characters broken while streaming": ('''codecs.getincrementaldecoder("utf-8")(errors="replace"), []''',
                                           '''type("D", (), {"decode": lambda s, b, final=0: b.decode(errors="replace")})(), []'''),
-    "a bug hidden from its owner": ("config.py", '''except (UserError, OSError) as error:''', '''except Exception as error:'''),
+    "a bug hidden from its owner": ('''except (UserError, OSError) as error:''', '''except Exception as error:'''),
 }
+
+TESTS = {"prepare_data.py": ["prepare_data"], "records.py": ["prepare_data"], "sample.py": ["sample"],
+         "config.py": ["train"], "dataset.py": ["train"], "train.py": ["train"], "watch.py": ["train"],
+         "model.py": ["model", "lora", "train"], "cpu.py": ["model", "lora", "train"], "weights.py": ["model", "lora"]}
 
 
 def found(name):
     """Whether the tests fail on the code so broken; the last line of what they said."""
-    file, code, broken = MUTATIONS[name]
+    code, broken = MUTATIONS[name]
+    files = [path.name for path in ROOT.glob("*.py") for _ in range(path.read_text(encoding="utf-8").count(code))]
+    assert len(files) == 1, f"{name}: its code stands in {files}"
+    file = files[0]
     with tempfile.TemporaryDirectory() as work:
         copy = Path(work) / "nanosft"
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "out*", "__pycache__", "demo"))
         text = (copy / file).read_text(encoding="utf-8")
-        assert text.count(code) == 1, f"{name}: its code stands {text.count(code)} times in {file}"
         (copy / file).write_text(text.replace(code, broken), encoding="utf-8")
         if (ROOT.parent / "shared").exists():
             (Path(work) / "shared").symlink_to(ROOT.parent / "shared")
-        tests = {"prepare_data.py": ["tests/test_prepare_data.py"], "model.py": ["tests/test_model.py", "tests/test_lora.py", "tests/test_train.py"],
-                 "train.py": ["tests/test_train.py", *["tests/test_processes.py"] * ("process" in name)], "sample.py": ["tests/test_sample.py"],
-                 "config.py": ["tests/test_train.py"]}[file]
+        tests = [f"tests/test_{test}.py" for test in TESTS[file] + ["processes"] * ("process" in name)]
         done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests, "-k", "not full_size and not large and not xl"
                                " and not compil"], cwd=copy, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]

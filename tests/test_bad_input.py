@@ -165,8 +165,9 @@ RECORDS = [
     ("missing.jsonl", ONE + '{"instruction": "a"}', "line 2: 'output' is missing; the fields are 'instruction'$"),
     ("answer.jsonl", '{"prompt": "a"}', "line 1: 'completion' is missing; the fields are 'prompt'"),
     ("nulls.jsonl", '{"instruction": "a", "output": {"b": [null, {"c": null}]}}', "'output' must be text, not {.b"),
-    ("surrogate.jsonl", ONE + r'{"instruction": "\ud83d", "output": "b"}', r"line 2: half .* \('\\ud83d'\).*repair it"),
-    ("surrogate.json", r'[{"text": "a\udc00"}]', "record 1: half a surrogate pair .* is no text; repair it"),
+    ("surrogate.jsonl", ONE + r'{"instruction": "\ud83d", "output": "b"}',
+     r"line 2: 'instruction': half .* \('\\ud83d'\).*repair it"),
+    ("surrogate.json", r'[{"text": "a\udc00"}]', "record 1: 'text': half a surrogate pair .* is no text; repair it"),
     # conversations
     ("none_said.jsonl", '{"messages": []}',
      "line 1: a conversation is a list of {'role': ..., 'content': ...} objects"),
@@ -207,7 +208,7 @@ RECORDS = [
     ("label.jsonl", '{"title": "a", "label": {"b": null}}', "line 1: 'label' must be text, not {", COLUMNS),
     ("format.jsonl", ONE, "--response_format: needed with --prompt_format", dict(prompt_format="{a}")),
     ("instructions.jsonl", ONE, "--template=text holds records with 'text'", dict(template="text")),
-    ("unicode.jsonl", ONE, r"^line|half a surrogate pair \('\\udce9'\)",
+    ("unicode.jsonl", ONE, r"--prompt_format: half a surrogate pair \('\\udce9'\)",
      dict(prompt_format="\udce9", response_format="b")),
     ("encoding.jsonl", ONE, "encoding='klingon' is none of bytes, gpt2", dict(encoding="klingon")),
     ("suffix.parquet", ONE, "--input: suffix.parquet is none of .json .jsonl .csv .tsv .txt.*rename it"),
@@ -438,6 +439,17 @@ CHECKPOINTS = [
     ("two wrong entries", state(model=[], elapsed=None), r"ckpt.pt is damaged \(model, elapsed\)" + ANEW),
     ("a flag from the future", state(config=lambda config: {**config, "warp": 9}),
      r"flags that .* lacks \(warp\)" + ANEW),
+    *((f"a model_config of {change}", state(model_config=lambda old, change=change: {**old, **change}),
+       r"ckpt.pt is damaged \(" + what + ANEW)
+      for change, what in (({"n_layers": 3}, "model_config"), ({"n_embd": 64}, "its states do not fit"))),
+    *((f"a model of {what}", state(model=change), r"ckpt.pt is damaged \(its states do not fit its model\)" + ANEW)
+      for what, change in (
+          ("no weights", {}), ("another shape", lambda model: {**model, "wte.weight": torch.ones(2, 2)}),
+          ("another layer", lambda model: {**model, "h.9.ln_1.weight": torch.ones(2)}))),
+    *((f"an optimizer of {what}", state(optimizer=change), r"ckpt.pt is damaged \(its states do not fit its" + ANEW)
+      for what, change in (("nothing", {}), ("other groups", lambda old: {**old, "param_groups": []}), (
+          "numbers", lambda old: {**old, "state": {0: 3}}), ("no moments", lambda old: {**old, "state": {0: {}}}), (
+          "other shapes", lambda old: {**old, "state": {0: {**old["state"][0], "exp_avg": torch.ones(3)}}}))),
     ("missing", gone("ckpt.pt"), "--resume: .*ckpt.pt is not there; name the run's --out_dir"),
 ]
 

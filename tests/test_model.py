@@ -475,6 +475,27 @@ def test_the_weight_that_the_optimizer_leaves_in_its_gradients_place_is_the_new_
         assert torch.equal(ours.grad, other.grad)
 
 
+@pytest.mark.parametrize("written", [True, False])
+def test_evaluation_follows_an_optimizer_that_changes_weights_behind_their_version(written, monkeypatch):
+    """As torch's fused AdamW does; and several processes have autograd's gradients."""
+    model, (idx, targets) = tiny(), packed_batch()
+    model.compute_dtype = torch.bfloat16
+    if not written:
+        monkeypatch.setattr(cpu, "writes_gradient", lambda weight: False)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True), []
+    for _ in range(2):
+        with torch.no_grad():
+            losses.append(model(idx, targets, LENGTHS).item())
+            assert losses[-1] == copy.deepcopy(model)(idx, targets, LENGTHS).item()
+        model(idx, targets, LENGTHS).backward()
+        for parameter in model.parameters():
+            gradient, parameter.grad = parameter.grad.float(), None
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[0] != losses[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_our_cross_entropy_is_torchs_with_its_gradient(dtype, monkeypatch):
     generator = torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ import transformers
 from conftest import randomise, tiny
 
 import sample
+import score
 import weights
 from config import UserError
 from model import GPT, GPTConfig
@@ -260,8 +261,8 @@ def test_free_text_answers_are_no_classification(tmp_path, capsys):
 
 
 def test_wilsons_interval_is_the_textbooks():
-    assert sample.interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert sample.interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert score.interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert score.interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 # ---- export ---------------------------------------------------------------------------------------------------------

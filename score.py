@@ -1,0 +1,60 @@
+"""What answers are worth: exact matches, likeliest labels with their confidence interval, a confusion matrix."""
+from collections import Counter
+
+
+def interval(right, count):
+    """Wilson's 95 % confidence interval of a share."""
+    z, share = 1.96, right / count
+    middle, half = share + z * z / (2 * count), z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
+    return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+
+
+def confusion(pairs, labels):
+    """Prints, for (truth, prediction) pairs, how often each label was taken for which, and each label's recall."""
+    counts, width = Counter(pairs), max(8, *(len(label.strip()) + 1 for label in labels))
+    print("\n" + "truth \\ likeliest".ljust(18) + "".join(label.strip()[:width - 1].rjust(width) for label in labels)
+          + "recall".rjust(9))
+    for truth in labels:
+        row = [counts[truth, label] for label in labels]
+        recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
+        print(truth.strip()[:17].ljust(18) + "".join(str(n).rjust(width) for n in row) + recall.rjust(9))
+    right = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
+    print("precision".ljust(18) + "".join(f"{share:.0%}".rjust(width) for share in right) + "\n")
+
+
+def score(responses, references, labels=(), likeliest=()):
+    """The numbers that one model reached: its responses (None where a prompt was too long) against the answers (None
+    where a record has none); `likeliest` holds a label for each record that has one."""
+    pairs = [(response or "", reference.strip()) for response, reference in zip(responses, references, strict=True)
+             if reference is not None]
+    result = {"records": len(responses), "scored": len(pairs),
+              "exact": sum(response.strip() == reference for response, reference in pairs)}
+    if labels:
+        known, truths = {label.strip() for label in labels}, [reference for _, reference in pairs]
+        result["no_label"] = sum(response.strip() not in known for response, _ in pairs)
+        result["likelihood"] = sum(truth == label.strip() for truth, label in zip(truths, likeliest, strict=True))
+        result["majority"] = Counter(truths).most_common(1)[0][1]
+    return result
+
+
+def percent(part, whole):
+    return f"{part}/{whole} ({100 * part / whole:.1f} %)"
+
+
+def summary(results):
+    """Prints what each voice reached, a row each, and the last one's exact matches once more, in a line of its own."""
+    table = [["", "exact match"]]
+    for name, result in results.items():
+        count = result["scored"]
+        table.append([name, percent(result["exact"], count)])
+        if "likelihood" in result:
+            low, high = interval(result["likelihood"], count)
+            table[0][2:] = ["no known label", "likeliest label right", "95 % interval", "always the commonest"]
+            table[-1] += [percent(result["no_label"], count), percent(result["likelihood"], count),
+                          f"{100 * low:.1f} to {100 * high:.1f} %", percent(result["majority"], count)]
+    if len(results) > 1 or len(table[0]) > 2:
+        widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
+        for row in table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in table[-1:] if results else ():
+        print(f"exact match {line[1]}")
