@@ -50,7 +50,7 @@ class TrainConfig:
     resume: bool = False  # go on from the checkpoint in out_dir
     overwrite: bool = False  # start anew in an out_dir that holds a run
     # model
-    init_from: str = ""  # scratch | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | a path; '' = gpt2, for the demo scratch
+    init_from: str = ""  # scratch | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | path; '' = gpt2, for the demo scratch
     n_layer: int = 3  # from scratch: layers
     n_head: int = 4  # from scratch: attention heads
     n_embd: int = 128  # from scratch: width
@@ -78,10 +78,10 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
-    save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, two minutes apart; 0 = only at the end
-    forget_text: str = ""  # a file of ordinary text, watched while fine-tuning; '' = a bundled one, none = no watch
+    save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, 2 min apart; 0 = only at the end
+    forget_text: str = ""  # ordinary text to watch while fine-tuning; '' = a bundled one, none = no watch
     log_interval: int = 0  # steps between log lines; 0 = about fifty a run
-    hardest: int = 10  # at the end, list this many training examples of highest loss; 0 = none, and no pass over them
+    hardest: int = 10  # list this many training examples of highest loss at the end; 0 = none, and no pass
     wandb: bool = False  # log to Weights & Biases too
     tensorboard: bool = False  # log to out_dir/tensorboard too
     # machine
@@ -555,7 +555,7 @@ def describe(model, base, plan, config, train, val, dtype, device):
           + f"{str(dtype)[6:]} activations on {device}" + f", {place()[1]} processes" * (place()[1] > 1)
           + f"\n{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
           f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}"
-          + f"; about {need / 1e9:.1f} GB more memory at most" * (device.type == "cpu"), flush=True)
+          + f"; at most about {max(need / 1e9, 0.1):.1f} GB more memory" * (device.type == "cpu"), flush=True)
     if device.type == "cpu" and need > free:
         print(f"warning: only {free / 1e9:.1f} GB are free; try " + "--low_memory, " * (not config.low_memory)
               + "--lora_rank=8, " * (not config.lora_rank and base["name"] != "scratch")
@@ -651,7 +651,7 @@ def train(config, device):
                     best_val_loss = val_loss
                     if rank == 0:
                         save_weights(model, out_dir / "best", meta, base)
-            log.write()
+            log.write(sync=due or last)
             if log.in_a_row >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")

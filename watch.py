@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import io
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -72,8 +73,8 @@ class Log:
                    f"{share:.0%} of the matmul rate  {left // 60:.0f}:{left % 60:02.0f} left"
                    + f"  ({self.skipped} skipped: not finite)" * bool(self.skipped), end=not sys.stdout.isatty())
 
-    def write(self):
-        """Writes the rows that were read."""
+    def write(self, sync):
+        """Writes the rows that were read; with `sync` they outlast a loss of power."""
         rows = [row for row in self.rows if isinstance(row["train_loss"], float)]
         self.rows = self.rows[len(rows):]
         if not self.writes or not rows:
@@ -81,6 +82,9 @@ class Log:
         with opened(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, COLUMNS).writerows({name: f"{value:.8g}" if isinstance(value, float) else value
                                                      for name, value in row.items()} for row in rows)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         for row in rows if self.trackers else ():
             numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "lr": row["learning_rate"],
                        "grad_norm": row["grad_norm"], "tokens_per_second": row["tokens"] / row["seconds"]}
@@ -167,7 +171,7 @@ class Samples:
         return answers
 
     def text(self, ids):
-        return shorten(self.encoding.decode([token for token in ids if token != self.encoding.eot_token]))
+        return shorten(self.encoding.decode([token for token in ids if token != self.encoding.eot_token]), 70)
 
     def show(self, model, heading):
         status("")

@@ -22,6 +22,8 @@ from resource import RUSAGE_SELF, getrusage
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+from weights import SIZES  # noqa: E402
+
 CONTENDERS = {"full": {}, "low-memory": {"low_memory": True}, "lora": {"lora_rank": 8},
               "float32": {"dtype": "float32"}, "lora-float32": {"lora_rank": 8, "dtype": "float32"}}
 
@@ -29,7 +31,7 @@ CONTENDERS = {"full": {}, "low-memory": {"low_memory": True}, "lora": {"lora_ran
 def make_work(directory, size):
     """Random weights in Hugging Face's layout and the prepared records, made once for all contenders."""
     import prepare_data
-    from model import GPT, SIZES, GPTConfig
+    from model import GPT, GPTConfig
     n_layer, n_head, n_embd = SIZES[size]
     GPT(GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)).save_pretrained(directory / "weights")
     records = json.loads((SHARED / "data" / "instruction-data.json").read_text(encoding="utf-8"))
@@ -61,11 +63,14 @@ def run_one(directory, name, steps):
 def rows(command):
     """(name, seconds, peak in GB) for every result line that a command prints."""
     done = subprocess.run(command, capture_output=True, text=True)
-    found = re.findall(r"^(?:ROW )?(\S+(?: (?:fp32|bf16))?) +([\d.]+) s/step(?:.*peak RSS +([\d.]+) GB)?",
-                       done.stdout, re.M)
-    if not found:
+    if not found_in(done.stdout):
         print(f"{command[-3:]} gave no result:\n{done.stderr[-600:]}", file=sys.stderr)
-    return [(name, float(seconds), float(peak or 0)) for name, seconds, peak in found]
+    return found_in(done.stdout)
+
+
+def found_in(text):
+    lines = re.findall(r"^(?:ROW )?(\S+(?: (?:fp32|bf16))?) +([\d.]+) s/step(?:.*peak RSS +([\d.]+) GB)?", text, re.M)
+    return [(name, float(seconds), float(peak or 0)) for name, seconds, peak in lines]
 
 
 def main():
@@ -84,8 +89,12 @@ def main():
     peers = [sys.executable, str(SHARED / "bench" / "peers.py"), f"--size={flags.size}", f"--steps={flags.steps}"]
     with tempfile.TemporaryDirectory() as directory:
         make_work(Path(directory), flags.size)
-        table = rows([*peers, "floor"])
+        text = subprocess.run([*peers, "floor"], capture_output=True, text=True, check=True).stdout
+        table = found_in(text)
         floor = {name.removeprefix("floor "): seconds for name, seconds, _ in table}
+        n_layer, _, n_embd = SIZES[flags.size]
+        adamw = 28 * (12 * n_layer * n_embd**2 + 50257 * n_embd) / 1e9 / float(re.search(r"(\d+) GB/s", text)[1])
+        table.append(("floor LoRA", (floor["bf16"] - adamw) * 2 / 3, 0))
         for name in flags.contenders:
             table += rows([sys.executable, __file__, name, f"--steps={flags.steps}", f"--directory={directory}"])
         for name in flags.peers.split():

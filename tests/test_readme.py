@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, colour_records, tiny
@@ -62,6 +64,15 @@ def test_every_command_of_the_readme_runs_and_leaves_what_it_promises(tmp_path, 
         elif script == "sample.py" and config.export:
             assert (tmp_path / config.export / "merges.txt").is_file()
     assert ran >= 18
+    done = subprocess.run([sys.executable, ROOT / "tests" / "baseline.py", "arxiv.csv", "data/arxiv", "category"],
+                          capture_output=True, text=True, check=True)
+    assert re.search(r"[\d.]+% of", done.stdout)
+    line, = re.findall(r"^torchrun --standalone.*", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    words = [str(ROOT / "train.py") if word == "train.py" else word for word in shlex.split(line)[1:]]
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", *words, "--max_steps=2", "--device=cpu",
+                    "--log_interval=1"], check=True, capture_output=True, timeout=120)
+    with open(tmp_path / "out-two" / "log.csv", newline="") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
 def test_every_flag_in_the_readme_exists():

@@ -564,5 +564,5 @@ def test_the_plan_is_told_before_the_first_step_and_a_machine_too_small_is_warne
     monkeypatch.setattr(train, "free_memory", lambda: 1e6)
     fit(max_steps=1)
     out = capsys.readouterr().out
-    assert "1 steps of 4 examples, learning rate 0.002; about 0.0 GB more memory at most" in out
+    assert "1 steps of 4 examples, learning rate 0.002; at most about 0.1 GB more memory" in out
     assert "warning: only 0.0 GB are free; try --low_memory, --gradient_checkpointing, a smaller" in out
