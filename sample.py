@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from config import UserError, require, run, status
+from cpu import keep_freed_memory
 from dataset import load_meta
 from model import GPT
 from prepare_data import alpaca_prompt, encode, get_encoding, render
@@ -51,7 +52,7 @@ class SampleConfig:
     num_samples: int = 1  # answers to one prompt
     seed: int = 1337  # of the draws
     # machine
-    batch_size: int = 16  # records answered at a time
+    batch_size: int = 32  # records answered at a time: memory, never the answers
     device: str = ""  # cpu | cuda | mps; '' = the best there is
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 
@@ -112,6 +113,8 @@ def load(config):
         raise UserError("--model=out: nothing is trained there yet; run python train.py first, or name a model")
     device, voices = pick_device(config.device), []
     dtype = pick_dtype(config.dtype, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     names = config.adapter.split(",") if config.adapter else config.model.split(",")
     paths = [locate(name) for name in names]
     specs = [stored_spec(path) for path in paths]

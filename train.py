@@ -34,7 +34,7 @@ from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
 from model import GPT, IGNORE, GPTConfig, optimizer_groups
 from prepare_data import get_encoding
 from records import sha256_of
-from watch import Forgetting, Log, Samples, find_hardest, plot
+from watch import Forgetting, Log, Samples, describe, find_hardest, plot
 from weights import SIZES, atomic_file, locate, write_json
 
 FORMAT_VERSION = 1  # of ckpt.pt
@@ -400,28 +400,6 @@ def operations(model, tokens, supervised):
     return (6 if model.wte.weight.requires_grad else 4) * (blocks * tokens + model.wte.weight.numel() * supervised)
 
 
-def free_memory():
-    """Bytes that this process may still take, where Linux tells; else inf."""
-    try:
-        with open("/proc/meminfo") as file:
-            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
-        group = Path("/sys/fs/cgroup")
-        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
-        return free if limit == "max" else min(free, int(limit) - int((group / "memory.current").read_text()))
-    except (OSError, StopIteration, ValueError):
-        return math.inf
-
-
-def expected_memory(model, learned, tokens, supervised, config):
-    """Bytes that training needs beyond what the process holds already: gradients, AdamW's moments, casts, and the
-    activations of the largest micro-batch."""
-    half, n_layer, n_embd = model.compute_dtype.itemsize == 2, model.config.n_layer, model.config.n_embd
-    each = (2 if half else 4) + (4 if config.low_memory else 8)
-    layers = 1 + n_layer / 8 if config.gradient_checkpointing else n_layer
-    return (learned * each + tokens * layers * n_embd * 20 * model.compute_dtype.itemsize
-            + min(supervised, 1024) * model.config.vocab_size * 14)
-
-
 # ---- the loop -------------------------------------------------------------------------------------------------------
 
 def gradients(model, scaler, batches, supervised):
@@ -543,25 +521,6 @@ def save_weights(model, directory, meta, base):
         model.save_pretrained(directory)
 
 
-def describe(model, base, plan, config, train, val, dtype, device):
-    """Prints what will be trained, on what, for how long and in how much memory."""
-    total, learned = (sum(p.numel() for p in parameters) for parameters in (
-        model.parameters(), trainable(model).values()))
-    longest = np.sort(train.lengths)[::-1][:config.batch_size]
-    tokens = int(min(longest.sum(), plan.budget))
-    need, free = expected_memory(model, learned, tokens, tokens, config), free_memory()
-    print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
-          + f"{learned / 1e6:,.2f} M of them trainable ({learned / total:.2%}), " * (learned < total)
-          + f"{str(dtype)[6:]} activations on {device}" + f", {place()[1]} processes" * (place()[1] > 1)
-          + f"\n{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
-          f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}"
-          + f"; at most about {max(need / 1e9, 0.1):.1f} GB more memory" * (device.type == "cpu"), flush=True)
-    if device.type == "cpu" and need > free:
-        print(f"warning: only {free / 1e9:.1f} GB are free; try " + "--low_memory, " * (not config.low_memory)
-              + "--lora_rank=8, " * (not config.lora_rank and base["name"] != "scratch")
-              + "--gradient_checkpointing, a smaller --micro_batch_tokens or a smaller model", flush=True)
-
-
 def main(config):
     """Trains as config says, into config.out_dir; returns the numbers that it reached."""
     with joined(pick_device(config.device)) as device:
@@ -596,7 +555,7 @@ def train(config, device):
             print(f"the run now has {plan.total:,} steps instead of {checkpoint['total_steps']:,}: from here on the "
                   "learning rate follows the new length")
         del checkpoint
-    describe(model, base, plan, config, shards, val, dtype, device)
+    describe(model, base, plan, config, shards, val, device, place()[1])
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
     budget, token_seconds = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget)
     minutes = token_seconds * shards.lengths.mean() * config.batch_size * (plan.total - step) / 60 / place()[1]
@@ -637,9 +596,10 @@ def train(config, device):
             signum, elapsed = all_reduce(interrupt.signum, time.perf_counter() - started, how="MAX")
             last = step == plan.total or bool(limit) and elapsed >= limit
             due = step % plan.save_interval == 0 and (config.save_interval > 0 or elapsed - saved >= 120)
-            log.add(per_token * tokens + per_target * supervised, last or signum or due, step=step,
-                    epoch=f"{step / plan.epoch:.4f}", train_loss=loss, learning_rate=learning_rate, grad_norm=norm,
-                    tokens=tokens, supervised_tokens=supervised, seconds=time.perf_counter() - step_started)
+            wanted = last or bool(signum) or due
+            log.add(per_token * tokens + per_target * supervised, wanted, step=step, epoch=f"{step / plan.epoch:.4f}",
+                    train_loss=loss, learning_rate=learning_rate, grad_norm=norm, tokens=tokens,
+                    supervised_tokens=supervised, seconds=time.perf_counter() - step_started)
             if last or step % plan.eval_interval == 0:
                 if len(val):
                     val_loss = log.rows[-1]["val_loss"] = evaluate(model, val, budget)
@@ -651,11 +611,11 @@ def train(config, device):
                     best_val_loss = val_loss
                     if rank == 0:
                         save_weights(model, out_dir / "best", meta, base)
-            log.write(sync=due or last)
+            log.write(sync=wanted)
             if log.in_a_row >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
-            if not log.in_a_row and (last or signum or due):
+            if not log.in_a_row and wanted:
                 saved = elapsed
                 if rank == 0:
                     save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config),

@@ -43,6 +43,47 @@ def shorten(text, width=100):
     return text if len(text) <= width else text[:width // 2 - 2] + " ... " + text[-width // 2 + 3:]
 
 
+def free_memory():
+    """Bytes that this process may still take, where Linux tells; else inf."""
+    try:
+        with open("/proc/meminfo") as file:
+            free = next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip() if (group / "memory.max").exists() else "max"
+        return free if limit == "max" else min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, StopIteration, ValueError):
+        return math.inf
+
+
+def expected_memory(model, learned, tokens, supervised, config):
+    """Bytes that training needs beyond what the process holds already: gradients, AdamW's moments, casts, and the
+    activations of the largest micro-batch."""
+    half, n_layer, n_embd = model.compute_dtype.itemsize == 2, model.config.n_layer, model.config.n_embd
+    each = (2 if half else 4) + (4 if config.low_memory else 8)
+    layers = 1 + n_layer / 8 if config.gradient_checkpointing else n_layer
+    return (learned * each + tokens * layers * n_embd * 20 * model.compute_dtype.itemsize
+            + min(supervised, 1024) * model.config.vocab_size * 14)
+
+
+def describe(model, base, plan, config, train, val, device, processes):
+    """Prints what will be trained, on what, for how long and in how much memory."""
+    total, learned = (sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+                      for trained in (False, True))
+    longest = np.sort(train.lengths)[::-1][:config.batch_size]
+    tokens = int(min(longest.sum(), plan.budget))
+    need, free = expected_memory(model, learned, tokens, tokens, config), free_memory()
+    print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
+          + f"{learned / 1e6:,.2f} M of them trainable ({learned / total:.2%}), " * (learned < total)
+          + f"{str(model.compute_dtype)[6:]} activations on {device}" + f", {processes} processes" * (processes > 1)
+          + f"\n{config.data_dir}: {len(train):,} training, {len(val):,} validation examples\n"
+          f"{plan.total:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}"
+          + f"; at most about {max(need / 1e9, 0.1):.1f} GB more memory" * (device.type == "cpu"), flush=True)
+    if device.type == "cpu" and need > free:
+        print(f"warning: only {free / 1e9:.1f} GB are free; try " + "--low_memory, " * (not config.low_memory)
+              + "--lora_rank=8, " * (not config.lora_rank and base["name"] != "scratch")
+              + "--gradient_checkpointing, a smaller --micro_batch_tokens or a smaller model", flush=True)
+
+
 class Log:
     """log.csv, the progress line, and Weights & Biases or tensorboard where they are wanted. A row's loss and norm may
     still be on their way from a GPU: they are read ten steps at a time, or when somebody wants to see them."""

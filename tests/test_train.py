@@ -561,7 +561,7 @@ def test_tensorboard_and_wandb_get_the_usual_names(fit, data, tmp_path, monkeypa
 
 
 def test_the_plan_is_told_before_the_first_step_and_a_machine_too_small_is_warned_of(fit, monkeypatch, capsys):
-    monkeypatch.setattr(train, "free_memory", lambda: 1e6)
+    monkeypatch.setattr(watch, "free_memory", lambda: 1e6)
     fit(max_steps=1)
     out = capsys.readouterr().out
     assert "1 steps of 4 examples, learning rate 0.002; at most about 0.1 GB more memory" in out
