@@ -151,6 +151,7 @@ def plot(out_dir):
     if not find_spec("matplotlib"):
         return
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
     gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
     rows = read_rows(out_dir / "log.csv")
     steps, losses, rates, tokens = ([float(row[name]) for row in rows]
@@ -168,9 +169,11 @@ def plot(out_dir):
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
         axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3,
                   label=f"best: {best:.4f} at step {step:,.0f}")
-    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log")
+    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log", xlim=(0, None))
     mean = sum(tokens) / max(1, len(rows)) or 1
-    axes.secondary_xaxis("top", functions=(lambda step: step * mean, lambda n: n / mean)).set_xlabel("tokens")
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * mean, lambda n: n / mean))
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))
     right = axes.twinx()
     right.plot(steps, rates, ":", color="tab:green")
     right.set(ylabel="learning rate (dotted)", ylim=(0, None))

@@ -55,10 +55,9 @@ MUTATIONS = {
                                        '''f"{seed} {marked}".encode()'''),
     "special text encoded as special": ('''encoding.encode_ordinary(text) for text, _ in segments''',
                                         '''encoding.encode(text, allowed_special="all") for text, _ in segments'''),
-    "stop cut by truncation": ('''                if len(ids) > limit:
-                    report[''', '''                ids, flags = ids[:limit], flags[:limit]
-                if len(ids) > limit:
-                    report['''),
+    "stop cut by truncation": ('''            if len(ids) > limit and not is_text:''',
+                               '''            ids, flags = (ids, flags) if is_text else (ids[:limit], flags[:limit])
+            if len(ids) > limit and not is_text:'''),
     "partial last step dropped": ('''math.ceil(n_examples / batch_size))
     order''', '''max(1, n_examples // batch_size))
     order'''),
