@@ -211,7 +211,8 @@ def test_a_signal_ends_the_run_after_its_step_with_the_way_to_go_on(number, code
 
 
 SLOW = {"step": "train.update = lambda *args, update=train.update: exists() and time.sleep(60) or update(*args)",
-        "save": "os.fsync = lambda file: exists() and time.sleep(60)"}
+        "save": "os.fsync = lambda file: os.readlink(f'/proc/self/fd/{file}').endswith('.tmp') and exists() "
+                "and time.sleep(60)"}
 
 
 @pytest.mark.parametrize("what", SLOW)
