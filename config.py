@@ -94,5 +94,6 @@ def run(main, config_class):
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
+        status("")
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -1,5 +1,5 @@
 """What makes training fast on a CPU: memory that is kept, gradients that matrix products write in place, and an AdamW
-that takes them in bfloat16. Nothing here changes a result beyond rounding; on a GPU only `linear`'s last line is used.
+that takes them in bfloat16. But for `half`, nothing here changes a result beyond rounding; a GPU takes the plain ways.
 """
 import ctypes
 import sys
@@ -25,12 +25,13 @@ class Kept(dict):
         """A contiguous tensor of `like`'s shape in this dtype, its contents those of the last use."""
         if name not in self or self[name].dtype != dtype or self[name].numel() < like.numel():
             with torch.inference_mode(False):  # or training could not write into what generation made
-                self[name] = torch.empty(like.numel(), dtype=dtype, device=like.device)
+                self[name], self["holds"] = torch.empty(like.numel(), dtype=dtype, device=like.device), None
         return self[name][:like.numel()].view_as(like)
 
     def cast(self, weight, dtype):
-        """`weight`, whose memory this is, in this dtype: in a room of its own, where it is found until it changes; or,
-        while its gradient stands there, in one room for all weights, until the next cast."""
+        """`weight`, whose memory this is, in this dtype: in a room of its own, where it is found until it changes, by
+        what `_version` counts, not through `.data`; or, while its gradient stands there, in one room for all weights,
+        until the next cast."""
         if weight.dtype == dtype:
             return weight.detach()
         if weight.grad is not None and weight.grad.dtype == dtype:
@@ -38,7 +39,7 @@ class Kept(dict):
         room = self.room("own", weight, dtype)
         if self.get("holds") != (state := (dtype, weight.data_ptr(), weight._version)):
             room.copy_(weight.detach())
-            self["holds"] = state
+            self["holds"] = state if weight.grad is None else None  # with a gradient it is about to change
         return room
 
 
@@ -48,17 +49,19 @@ CASTS = Kept()
 class WrittenLinear(torch.autograd.Function):
     """start + x weight^T in the dtype of x, whose backward writes the weight's gradient straight into kept memory: in
     bfloat16 if x has it, as the matrix product makes it, in the place of the cast weight, which it was the last to
-    need; and in weight's dtype once several are added up."""
+    need (SlicedAdamW takes it from there, other optimizers do not; a weight's hooks see None); and in weight's dtype
+    once several are added up."""
 
     @staticmethod
     def forward(ctx, x, weight, start, kept):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.kept, ctx.start = weight, kept, start.shape
+        ctx.weight, ctx.version, ctx.kept, ctx.start = weight, weight._version, kept, start.shape
         return torch.addmm(start, x, kept.cast(weight, x.dtype).t())
 
     @staticmethod
     def backward(ctx, gradient):
         (x,), weight, kept = ctx.saved_tensors, ctx.weight, ctx.kept
+        assert weight._version == ctx.version, "the weight has changed since the forward pass"
         grad_start = gradient.sum_to_size(ctx.start) if ctx.needs_input_grad[2] else None
         grad_x = gradient @ kept.cast(weight, x.dtype)
         first, product = weight.grad is None, kept.room("own", weight, x.dtype)
@@ -79,11 +82,17 @@ class WrittenLinear(torch.autograd.Function):
         return grad_x, None, grad_start, None
 
 
+def keeps_cast(weight):
+    """Whether a cast of this weight may be kept: one that is stored, not computed, and no compiler that would not see
+    it change."""
+    return isinstance(weight, nn.Parameter) and weight.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def writes_gradient(weight):
     """Whether WrittenLinear serves this weight: on a CPU, in one process, since DistributedDataParallel waits for
     autograd's own gradients."""
-    return weight.requires_grad and torch.is_grad_enabled() and weight.device.type == "cpu" and not (
-        torch.distributed.is_available() and torch.distributed.is_initialized()) and not torch.compiler.is_compiling()
+    return keeps_cast(weight) and weight.requires_grad and torch.is_grad_enabled() and not (
+        torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def linear(x, weight, start, kept):
@@ -93,14 +102,14 @@ def linear(x, weight, start, kept):
     if writes_gradient(weight):
         return WrittenLinear.apply(x, weight, start, kept)
     if weight.device.type == "cpu" and not torch.is_grad_enabled():
-        weight = kept.cast(weight, x.dtype)
+        weight = kept.cast(weight, x.dtype) if keeps_cast(weight) else weight.to(x.dtype)
         if x.dtype == torch.bfloat16 and len(x) == 1:
             return torch.addmv(start.view(-1).expand(len(weight)), weight, x[0])[None]
         if x.dtype == torch.bfloat16 and len(x) <= 32 and len(weight) <= 8192:  # on the left it is read as it lies
             return torch.addmm(start.view(-1, start.size(-1)).t(), weight, x.t()).t().contiguous()
         return torch.addmm(start, x, weight.t())
-    if weight.requires_grad and not torch.compiler.is_compiling():
-        kept["holds"] = None  # it is about to change
+    if keeps_cast(weight):
+        kept["holds"] = None  # the weight is about to change, and torch's fused AdamW leaves `_version` as it is
     return torch.addmm(start, x, weight.to(x.dtype).t())
 
 
@@ -128,6 +137,8 @@ def embed(weight, idx, positions):
         rows = gradient.new_zeros(len(tokens), gradient.size(1)).index_add_(0, place, gradient)
         weight.grad.index_add_(0, tokens, rows.to(weight.grad.dtype))
     x = F.embedding(idx, weight.detach()) + positions
+    if not x.requires_grad:  # the positions are frozen
+        x.requires_grad_()
     x.register_hook(add_rows)
     return x
 
@@ -136,7 +147,7 @@ class SlicedAdamW(torch.optim.AdamW):
     """torch's fused AdamW (Loshchilov and Hutter 2019), slice by slice where something rests in bfloat16, so that it is
     float32 only while it is used: gradients as WrittenLinear leaves them and, with `half`, both moments. A gradient in
     bfloat16 is gone after the step, and in its memory stands the new weight, ready for the next forward pass."""
-    half, room = False, None
+    half, room, grad_scale, found_inf = False, None, None, None
 
     @torch.no_grad()
     def step(self):
@@ -152,7 +163,8 @@ class SlicedAdamW(torch.optim.AdamW):
                         for name in ("exp_avg", "exp_avg_sq")})
                 for name in ("exp_avg", "exp_avg_sq") if self.half else ():  # load_state_dict has made them float32
                     state[name] = state[name].bfloat16()
-                state["step"] += 1 - self.found_inf
+                state["step"] += 1 if self.found_inf is None else 1 - self.found_inf
+                torch.autograd.graph.increment_version(p)  # as the fused kernel does not
                 five = p, p.grad, state["exp_avg"], state["exp_avg_sq"], state["step"]
                 if p.dtype == p.grad.dtype == state["exp_avg"].dtype:
                     whole.append(five)
@@ -166,7 +178,7 @@ class SlicedAdamW(torch.optim.AdamW):
     def step_in_slices(self, weight, *others, group, size=1 << 20):
         *others, step = others
         if self.room is None:
-            self.room = torch.empty(3, size, device=weight.device)
+            self.room = torch.empty(3, size, dtype=weight.dtype, device=weight.device)
         for part, *parts in zip(*(x.reshape(-1).split(size) for x in (weight, *others)), strict=True):
             full = [x if x.dtype == weight.dtype else room[:len(x)].copy_(x)
                     for x, room in zip(parts, self.room, strict=True)]

@@ -100,8 +100,8 @@ class Shards:
         return torch.from_numpy(idx), torch.from_numpy(targets), self.lengths[indices]
 
     def batches(self, indices, budget, rank=0, processes=1):
-        """One process's share of a step as micro-batches: every so manieth example by length; at least one, perhaps of
-        nothing to learn, since all processes must take part."""
+        """One process's share of a step as micro-batches: from `rank` on every `processes`-th example by length; at
+        least one, perhaps of nothing to learn, since all must take part."""
         mine = sorted(indices, key=lambda i: -self.lengths[i])[rank::processes]
         if len(mine):
             return [self.batch(group) for group in micro_batches(mine, self.lengths, budget)]

@@ -114,7 +114,7 @@ class LayerNorm(nn.LayerNorm):
 def attend(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(head_dim)) v for q, k, v (B, n_head, T, head_dim); causal where `mask` is None."""
     (B, n_head, T, head_dim) = q.shape
-    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and T <= 512):
+    if not (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and T <= 512 and mask is None):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
     # written out: on short examples PyTorch's CPU kernel takes four times as long, most of it in backward
     q, k, v = (x.reshape(B * n_head, T, head_dim) for x in (q, k, v))
@@ -183,7 +183,8 @@ def widened(x):
 
 class CrossEntropy(torch.autograd.Function):
     """The cross-entropy of each row of logits (N, V), 0 where its target is IGNORE, in float32 or better. A few rows at
-    a time are widened, while they are in the cache; backward writes their gradient in the place of the logits."""
+    a time are widened, while they are in the cache; backward writes their gradient in the place of the logits, which
+    are gone then."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -252,8 +253,8 @@ class GPT(nn.Module):
 
         idx: int64 token ids, (B, T); or (N,) with `lengths`: sequences of these lengths end to end, none of which sees
         another. targets: of idx's shape, the id that follows each token; best left on the CPU, where they are counted.
-        Returns float32 logits of idx's shape + (vocab_size,); or a float32 scalar; or, with `each`, the loss of every
-        target that is not IGNORE, in order. float64 for a float64 model.
+        Returns float32 logits of idx's shape + (vocab_size,), shifted as `logits` says; or a float32 scalar; or, with
+        `each`, the loss of every target that is not IGNORE, in order. float64 for a float64 model.
         """
         lengths, device = lengths if lengths is not None else [idx.size(1)] * idx.size(0), self.wte.weight.device
         longest = int(max(lengths))

@@ -305,19 +305,21 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                     messages[0][0] == "prompt" and not spec["response_format"] and "completion" not in record)
                 if kind != (first_kind := first_kind or kind):
                     raise UserError(f"a {kind} record among {first_kind} records; prepare each kind by itself")
+                said = len(messages)
                 while messages and messages[-1][0] in ("system", "user"):
                     messages.pop()
-                    report["cut: turns at the end that nobody answered"] += 1
                 if messages and any(value.strip() for value in messages[-1][1].values()):
                     kept.append((record, messages, render(messages, spec)))
+                    report["cut: turns at the end that nobody answered"] += said - len(messages)
                 else:
-                    report["dropped: no answer"] += 1
+                    report["dropped: no answer, or empty"] += 1
             except UserError as error:
                 raise UserError(f"{name}, {place}: {error}") from None
         encoded = encode_all(encoding, [text for *_, segments in kept for text, _ in segments if text is not EOT], pool)
         for record, messages, segments in kept:
             ids, flags = join(segments, encoded, eot, config.train_on_prompt)
             long, is_text = len(ids) > limit, messages[0][0] == "text"
+            share, digest = fingerprints(segments, config.seed)
             while config.overlong == "truncate" and messages and len(ids) > limit and not is_text:
                 if messages := shorten(messages, len(ids) - limit, encoding):
                     segments = render(messages, spec)
@@ -325,7 +327,8 @@ def encode_records(path, name, config, spec, encoding, pool, report):
             if len(ids) > limit and not is_text:
                 report[f"dropped: longer than --block_size={config.block_size}"] += 1
                 continue
-            share, digest = fingerprints(segments, config.seed)
+            if long:  # by its whole prompt it is split, by what is left of it told from others
+                digest = fingerprints(segments, config.seed)[1]
             if digest in seen:
                 report["dropped: exact duplicates"] += 1
                 continue
@@ -353,7 +356,9 @@ def write_shards(parts, work, config, encoding, report):
                     shows.append((ids, flags))
             if (seconds := time.perf_counter() - started) > shown:
                 shown = seconds + 0.5
-                status(f"{report['records']:,} records, {report['records'] / seconds:,.0f} a second")
+                tokens = sum(writer.tokens for writer in writers.values())
+                status(f"{report['records']:,} records, " * bool(report["records"])
+                       + f"{tokens:,} tokens, {tokens / seconds:,.0f} a second")
     for writer in writers.values():
         writer.close()
     return writers["train"], writers["val"], shows, first
@@ -377,6 +382,7 @@ def as_rendered(record, spec):
 
 
 def print_report(meta, report, out_dir):
+    status("")
     for split in ("train", "val"):
         part = meta[split]
         print(f"{split:6s}{part['examples']:10,} examples {part['tokens']:12,} tokens, "

@@ -1,7 +1,4 @@
-"""Records of any kind, from .json, .jsonl, .csv or .tsv files, as messages: a list of (role, fields).
-
-Roles are system, user and assistant; prompt and completion for what is rendered as it is; text.
-"""
+"""Records of any kind, from .json, .jsonl, .csv or .tsv files, as messages: a list of (role, fields)."""
 import csv
 import gzip
 import hashlib

@@ -277,9 +277,10 @@ def answer_all(voice, prompts, config):
 def label_set(references, config, spec):
     """The classes that the answers come from, as they are rendered; [] where the file is no classification."""
     if config.labels:
-        names = NAME.findall(spec["response_format"])
-        return [fill(spec["response_format"], {names[0]: label.strip()}, "labels") if len(names) == 1 else label.strip()
-                for label in config.labels.split(",")]
+        names, own = NAME.findall(spec["response_format"]), {truth.strip(): truth for truth in references if truth}
+        given = [label.strip() for label in config.labels.split(",")]
+        return [fill(spec["response_format"], {names[0]: label}, "labels") if len(names) == 1 else own.get(label, label)
+                for label in given]
     labels = sorted({reference for reference in references if reference is not None})
     return labels if 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references) else []
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -186,7 +187,7 @@ def trainable(model):
 def clear(out_dir, names=RESULTS):
     """Makes out_dir and removes what an earlier run left in it: these names, and what it was writing when it died."""
     out_dir.mkdir(parents=True, exist_ok=True)
-    for path in out_dir.rglob("*.[0-9]*.tmp"):
+    for path in (path for name in ("", "best", "last") for path in (out_dir / name).glob("*.[0-9]*.tmp")):
         path.unlink()
     for name in names:
         if (out_dir / name).is_dir():
@@ -209,15 +210,16 @@ def pick_device(name):
 
 def pick_dtype(name, device):
     """The dtype of activations: as named, or bfloat16 where the hardware multiplies it natively, else float16 on older
-    CUDA and float32. A CPU is asked by timing one matrix product: without native support bfloat16 is the slower one."""
+    CUDA and float32. A CPU is asked by timing one matrix product: without native support bfloat16 is the slower one.
+    Of several processes the widest choice is everybody's."""
     if name != "auto":
         return getattr(torch, name)
+    dtypes, choice = (torch.bfloat16, torch.float16, torch.float32), 2
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type != "cpu":
-        return torch.float32
-    bfloat16, float32 = (matmul_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
-    return torch.bfloat16 if bfloat16 > 1.4 * float32 else torch.float32
+        choice = 0 if torch.cuda.get_device_capability(device) >= (8, 0) else 1
+    elif device.type == "cpu":
+        choice = 0 if matmul_rate(torch.bfloat16, device) > 1.4 * matmul_rate(torch.float32, device) else 2
+    return dtypes[int(all_reduce(choice, how="MAX")[0])]
 
 
 def learning_rate_at(step, progress, peak, min_lr, schedule, warmup, total_steps):
@@ -260,7 +262,7 @@ def evaluate(model, shards, budget):
     return float(loss.sum() / supervised.sum())
 
 
-# ---- checkpoint and log ---------------------------------------------------------------------------------------------
+# ---- checkpoint -----------------------------------------------------------------------------------------------------
 
 def save_checkpoint(path, **state):
     """Tensors and plain values only, so that loading executes nothing; an older checkpoint stays until this one is
@@ -301,6 +303,8 @@ def restore(checkpoint, path, model, optimizer, scaler):
         missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        for group in optimizer.param_groups:  # the device may be another one
+            group["fused"] = optimizer.defaults["fused"]
         fits = not unexpected and not trainable(model).keys() & set(missing) and all(
             state[name].shape == p.shape for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # torch's, for what it cannot load
@@ -331,8 +335,9 @@ class Interrupt:
     several processes it does not: torchrun passes on what the terminal has sent to all of them already."""
 
     def __enter__(self):
-        self.signum = 0
-        self.before = {number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        mine = threading.current_thread() is threading.main_thread()  # no other may set handlers
+        self.signum, numbers = 0, (signal.SIGINT, signal.SIGTERM) if mine else ()
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def handle(self, signum, frame):
@@ -345,7 +350,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-# ---- processes, memory and speed ------------------------------------------------------------------------------------
+# ---- processes and speed --------------------------------------------------------------------------------------------
 
 def place():
     """(this process's rank, how many there are)."""
@@ -416,7 +421,7 @@ def gradients(model, scaler, batches, supervised):
 
 def update(optimizer, scaler, loss, grad_clip):
     """One step of the optimizer, the gradient's norm limited to grad_clip; nothing changes where the loss or a gradient
-    is not finite. Returns the norm. Nothing here waits for a GPU."""
+    is not finite. Returns the norm. Nothing here waits for an NVIDIA GPU."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -615,7 +620,7 @@ def train(config, device):
             if log.in_a_row >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
-            if not log.in_a_row and wanted:
+            if wanted and (last or signum or not log.in_a_row):
                 saved = elapsed
                 if rank == 0:
                     save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config),
@@ -629,6 +634,7 @@ def train(config, device):
             save_weights(model, out_dir / "last", meta, base)
         if signum:
             all_reduce(0)  # none leaves while another still talks
+            status("")
             print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
                   + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
             sys.exit(128 + int(signum))

@@ -496,6 +496,42 @@ def test_evaluation_follows_an_optimizer_that_changes_weights_behind_their_versi
     assert losses[0] != losses[1]
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("batches", [1, 2, 3])
+def test_evaluation_between_backward_and_step_leaves_no_old_weight_behind(batches, half):
+    model, (idx, targets) = tiny(), packed_batch()
+    model.compute_dtype = torch.bfloat16
+    optimizer = SlicedAdamW(model.parameters(), lr=1e-2, fused=True)
+    optimizer.half = half
+    for _ in range(2):
+        for _ in range(batches):
+            model(idx, targets, LENGTHS).backward()
+            with torch.no_grad():
+                model(idx, targets, LENGTHS)
+        optimizer.step()
+        optimizer.zero_grad()
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad):
+                found = model(idx, targets, LENGTHS).item()
+                assert found == copy.deepcopy(model)(idx, targets, LENGTHS).item()
+
+
+def test_a_computed_weight_and_frozen_positions_take_the_plain_way():
+    layer, kept, x = Linear(8, 8), cpu.Kept(), torch.randn(4, 8).bfloat16()
+    for scale in (1.0, 2.0):
+        computed = layer.weight * scale
+        expected = torch.addmm(layer.bias.bfloat16(), x, computed.bfloat16().t())
+        with torch.no_grad():
+            assert torch.allclose(cpu.linear(x, computed, layer.bias, kept), expected, atol=1e-2)
+        cpu.linear(x, computed, layer.bias, kept).sum().backward()
+    model, (idx, targets) = tiny(), packed_batch()
+    plain = copy.deepcopy(model)
+    model.wpe.weight.requires_grad_(False)
+    for one in (model, plain):
+        one(idx, targets, LENGTHS).backward()
+    assert torch.equal(model.wte.weight.grad, plain.wte.weight.grad) and model.wpe.weight.grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_our_cross_entropy_is_torchs_with_its_gradient(dtype, monkeypatch):
     generator = torch.Generator().manual_seed(0)

@@ -419,4 +419,13 @@ def test_turns_that_nobody_answered_are_cut_and_counted(prepare, capsys):
     (ids, flags), = load(prepare(records, val_fraction=0, test_fraction=0))
     assert learned(ids, flags) == "x⏹" and bytes(token for token in ids if token != STOP) == b"user\nxassistant\nx"
     out = capsys.readouterr().out
-    assert "2 cut: turns at the end that nobody answered" in out and "1 dropped: no answer" in out
+    assert "1 cut: turns at the end that nobody answered" in out and "1 dropped: no answer" in out
+
+
+def test_a_prompt_that_is_shortened_stands_on_one_side_with_all_its_answers(prepare):
+    """Answers of different length shorten it differently."""
+    records = [{"instruction": f"Question {i}: " + "why " * 40, "output": "yes " * answer}
+               for i in range(40) for answer in (2, 9, 17)]
+    data = prepare(records, overlong="truncate", test_fraction=0.3, val_fraction=0)
+    held = [json.loads(line)["instruction"] for line in (data / "test.jsonl").read_text().splitlines()]
+    assert 0 < len(held) < 120 and all(held.count(prompt) == 3 for prompt in held)

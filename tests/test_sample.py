@@ -294,3 +294,9 @@ def test_the_recovered_merges_are_openais(gpt2_encoding):
     lines = merges.splitlines()
     assert len(json.loads(vocabulary)) == 50257 and len(lines) == 50001
     assert lines[:4] == ["#version: 0.2", "Ġ t", "Ġ a", "h e"] and lines[-1] == "Ġg azed"
+
+
+def test_labels_are_scored_as_the_answers_spell_them():
+    config = SampleConfig(labels="pos, neg,new")
+    assert sample.label_set([" pos", None, " neg", " pos"], config, {"response_format": ""}) == [" pos", " neg", "new"]
+    assert sample.label_set([], config, {"response_format": " {label}"}) == [" pos", " neg", " new"]
