@@ -30,6 +30,7 @@ MUTATIONS = {
     "a cast used after its weight has changed": ('''if self.get("holds") != (state := (dtype, weight.data_ptr(), weight._version)):''',
                                                  '''if self.get("holds") is None and (state := 1):'''),
     "a cast used after autograd's step": ('''        kept["holds"] = None  # the weight is about to change''', '''        kept  # the weight is about to change'''),
+    "a step that a graph does not see": ('''                torch.autograd.graph.increment_version(p)''', '''                p.data'''),
     "the gradient left where the new weight belongs": ('''parts[0].copy_(part)''', '''pass'''),
     "gradient of the logits not scaled": ('''part.copy_(probability.mul_(scale))''', '''part.copy_(probability)'''),
     "the tail seen by the examples": ('''torch.cat([taken.nonzero(), (~taken).nonzero()[:tail]]).squeeze(1)''', '''torch.cat([taken.nonzero() + (tail > 0), taken.nonzero()[:tail]]).squeeze(1) % (B * T)'''),

@@ -516,6 +516,16 @@ def test_evaluation_between_backward_and_step_leaves_no_old_weight_behind(batche
                 assert found == copy.deepcopy(model)(idx, targets, LENGTHS).item()
 
 
+def test_a_graph_from_before_the_optimizers_step_is_refused():
+    model, (idx, targets) = tiny(), packed_batch()
+    optimizer = SlicedAdamW(model.parameters(), lr=1e-2, fused=True)
+    old = model(idx, targets, LENGTHS)
+    model(idx, targets, LENGTHS).backward()
+    optimizer.step()
+    with pytest.raises(AssertionError, match="the weight has changed since the forward pass"):
+        old.backward()
+
+
 def test_a_computed_weight_and_frozen_positions_take_the_plain_way():
     layer, kept, x = Linear(8, 8), cpu.Kept(), torch.randn(4, 8).bfloat16()
     for scale in (1.0, 2.0):
