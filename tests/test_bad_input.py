@@ -189,7 +189,7 @@ RECORDS = [
      "the alpaca template holds one question and one answer, not user .*--template=chat holds",
      dict(template="alpaca")),
     ("unanswered.jsonl", turns(("user", "a")) * 2,
-     "nothing to train on .2 records, 2 cut: turns at the end.*, 2 dropped: no"),
+     "nothing to train on .2 records, 2 dropped: no answer, or empty"),
     ("mixed.jsonl", ONE + '{"text": "a"}', "line 2: a text record among conversation records; prepare each kind by"),
     ("mixed.json", '[{"prompt": "a", "completion": "b"}, {"prompt": "a", "response": "b"}]', "record 2: .*by itself"),
     # tables
