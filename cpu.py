@@ -183,9 +183,8 @@ class SlicedAdamW(torch.optim.AdamW):
             full = [x if x.dtype == weight.dtype else room[:len(x)].copy_(x)
                     for x, room in zip(parts, self.room, strict=True)]
             self.update([part], *([x] for x in full), [step], group)
-            for rest, moment in zip(parts[1:], full[1:], strict=True):
-                if self.half:
-                    rest.copy_(moment)
+            for rest, moment in zip(parts[1:], full[1:], strict=True) if self.half else ():
+                rest.copy_(moment)
             if parts[0].dtype != part.dtype:
                 parts[0].copy_(part)
 

@@ -620,7 +620,7 @@ def train(config, device):
             if log.in_a_row >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
-            if wanted and (last or signum or not log.in_a_row):
+            if last or signum or due and not log.in_a_row:
                 saved = elapsed
                 if rank == 0:
                     save_checkpoint(out_dir / "ckpt.pt", step=step, config=dataclasses.asdict(config),

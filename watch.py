@@ -55,23 +55,23 @@ def free_memory():
         return math.inf
 
 
-def expected_memory(model, learned, tokens, supervised, config):
+def expected_memory(model, learned, tokens, config):
     """Bytes that training needs beyond what the process holds already: gradients, AdamW's moments, casts, and the
     activations of the largest micro-batch."""
     half, n_layer, n_embd = model.compute_dtype.itemsize == 2, model.config.n_layer, model.config.n_embd
     each = (2 if half else 4) + (4 if config.low_memory else 8)
     layers = 1 + n_layer / 8 if config.gradient_checkpointing else n_layer
     return (learned * each + tokens * layers * n_embd * 20 * model.compute_dtype.itemsize
-            + min(supervised, 1024) * model.config.vocab_size * 14)
+            + min(tokens, 1024) * model.config.vocab_size * 14)
 
 
 def describe(model, base, plan, config, train, val, device, processes):
     """Prints what will be trained, on what, for how long and in how much memory."""
-    total, learned = (sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
-                      for trained in (False, True))
+    total = sum(p.numel() for p in model.parameters())
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     longest = np.sort(train.lengths)[::-1][:config.batch_size]
     tokens = int(min(longest.sum(), plan.budget))
-    need, free = expected_memory(model, learned, tokens, tokens, config), free_memory()
+    need, free = expected_memory(model, learned, tokens, config), free_memory()
     print(f"{base['name']}: {total / 1e6:,.1f} M parameters, "
           + f"{learned / 1e6:,.2f} M of them trainable ({learned / total:.2%}), " * (learned < total)
           + f"{str(model.compute_dtype)[6:]} activations on {device}" + f", {processes} processes" * (processes > 1)
