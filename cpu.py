@@ -97,16 +97,17 @@ def writes_gradient(weight):
 
 def linear(x, weight, start, kept):
     """start + x weight^T in the dtype of x; the weights may be kept in a higher one. x: (N, in), weight: (out, in),
-    start: what broadcasts to (N, out), usually a bias."""
+    start: what broadcasts to (N, out), a bias or a column. For few rows the result lies column by column."""
     start = start.to(x.dtype)
     if writes_gradient(weight):
         return WrittenLinear.apply(x, weight, start, kept)
     if weight.device.type == "cpu" and not torch.is_grad_enabled():
         weight = kept.cast(weight, x.dtype) if keeps_cast(weight) else weight.to(x.dtype)
-        if x.dtype == torch.bfloat16 and len(x) == 1:
-            return torch.addmv(start.view(-1).expand(len(weight)), weight, x[0])[None]
-        if x.dtype == torch.bfloat16 and len(x) <= 32 and len(weight) <= 8192:  # on the left it is read as it lies
-            return torch.addmm(start.view(-1, start.size(-1)).t(), weight, x.t()).t().contiguous()
+        if x.dtype == torch.bfloat16 and len(x) <= 128:  # a weight on the left is read as it lies, if by two
+            columns = x.expand(max(2, len(x)), -1).t()
+            if start.dim() == 2:
+                return torch.addmm(start.t(), weight, columns).t()[:len(x)]
+            return torch.mm(weight, columns).t()[:len(x)] + start
         return torch.addmm(start, x, weight.t())
     if keeps_cast(weight):
         kept["holds"] = None  # the weight is about to change, and torch's fused AdamW leaves `_version` as it is

@@ -34,21 +34,27 @@ class GPTConfig:
 
 class Layout(NamedTuple):
     """How N packed tokens, B sequences end to end and a tail that fills up, stand in a (B, T) grid for attention. The
-    tail's tokens stand in cells that are free, behind the end of a sequence, where causal attention sees none."""
+    tail's tokens stand in cells that are free, behind the end of a sequence, where causal attention sees none. Where
+    attention takes the tokens as they lie, the tail is one more sequence."""
     position: torch.Tensor  # (N,) place within its own sequence
     index: torch.Tensor | None  # (N,) place in the flattened grid; None where they are the same
     shape: tuple[int, int]  # B, T
     mask: torch.Tensor | None = None  # (B, 1, 1, S) the cached keys that each row sees; None: causal attention
+    bounds: torch.Tensor | None = None  # (B + 2,) int32 where sequences begin and end; attention then needs no grid
 
     @classmethod
-    def of(cls, lengths, device, N=0, T=0):
+    def of(cls, lengths, device, N=0, T=0, grid=True):
         """The layout of sequences of these lengths, with a tail to make N tokens if N is larger, in a grid of width T,
         if that is."""
         lengths = torch.as_tensor(lengths)
         B, T, tail = len(lengths), max(T, int(lengths.max())), max(0, N - int(lengths.sum()))
         taken = (torch.arange(T) < lengths[:, None]).flatten()  # (B * T,)
         index = torch.cat([taken.nonzero(), (~taken).nonzero()[:tail]]).squeeze(1)
-        return cls(send(index % T, device), None if bool(taken.all()) else send(index, device), (B, T))
+        position = send(index % T, device)
+        if not grid:
+            bounds = F.pad(torch.cat([lengths, torch.tensor([tail])]).cumsum(0), (1, 0))
+            return cls(position, None, (B, max(T, tail)), bounds=send(bounds.int(), device))
+        return cls(position, None if bool(taken.all()) else send(index, device), (B, T))
 
     def to_grid(self, x):
         """(N, C) -> (B, T, C), zeros where no token stands."""
@@ -122,6 +128,20 @@ def attend(q, k, v, mask, dropout):
     return torch.bmm(F.dropout(weights, dropout), v).view(B, n_head, T, head_dim)
 
 
+def attends_packed(weight, dtype, head_dim):
+    """Whether `attend_packed` serves: 16-bit, on an NVIDIA GPU from Ampere on."""
+    return (weight.device.type == "cuda" and dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256
+            and torch.backends.cuda.is_flash_attention_available()
+            and torch.cuda.get_device_capability(weight.device) >= (8, 0))
+
+
+def attend_packed(q, k, v, bounds, longest):
+    """Causal attention within each of the sequences that lie end to end in q, k, v (N, n_head, head_dim), as
+    FlashAttention 2 has it (Dao 2023). bounds: (sequences + 1,) int32, where they begin and end."""
+    from torch.nn.attention.varlen import varlen_attn  # a second to import, for GPUs alone
+    return varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0))
+
+
 @functools.lru_cache(maxsize=8)
 def future(T, dtype):
     """(T, T), -inf where a query would see a later key."""
@@ -137,6 +157,10 @@ class Attention(nn.Module):
 
     def forward(self, x, layout, cache=None):
         (B, T), C = layout.shape, x.size(-1)
+        if layout.bounds is not None:
+            q, k, v = self.c_attn(x).view(-1, 3, self.n_head, C // self.n_head).unbind(1)  # (N, n_head, head_dim) each
+            y = attend_packed(q, k, v, layout.bounds, T)  # (N, n_head, head_dim)
+            return F.dropout(self.c_proj(y.flatten(1)), self.dropout, self.training)
         qkv = layout.to_grid(self.c_attn(x)).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim) each
         if cache is not None:
@@ -146,7 +170,7 @@ class Attention(nn.Module):
             else:  # one new token a row, each at its own position
                 rows, seen = torch.arange(B, device=x.device), layout.mask.size(-1)
                 keys[rows, :, layout.position], values[rows, :, layout.position] = k[:, :, 0], v[:, :, 0]
-                k, v = keys[:, :, :seen], values[:, :, :seen]
+                q, k, v = q.contiguous(), keys[:, :, :seen], values[:, :, :seen]
         y = attend(q, k, v, layout.mask, self.dropout if self.training else 0.0)
         y = layout.from_grid(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -261,14 +285,17 @@ class GPT(nn.Module):
         assert longest <= self.config.block_size, f"{longest} tokens exceed the context"
         if targets is None:
             layout = Layout.of(lengths, device)
-            return widened(self.logits(self.hidden(send(idx.flatten(), device), layout))).view(*idx.shape, -1)
+            logits = widened(self.logits(self.hidden(send(idx.flatten(), device), layout)))
+            return logits.contiguous().view(*idx.shape, -1)
         # every new shape costs the making of kernels, so a tail rounds the tokens up, and unsupervised ones the targets
         idx, targets, T = idx.flatten(), targets.flatten(), min(round_up(longest, 16), self.config.block_size)
         N = min(round_up(len(idx), 32), len(lengths) * T)
         learned = (targets != IGNORE).nonzero().squeeze(1)
         rows = F.pad(learned, (0, -len(learned) % 32))
         targets = targets[rows].index_fill_(0, torch.arange(len(learned), len(rows), device=rows.device), IGNORE)
-        x = self.hidden(send(F.pad(idx, (0, N - len(idx))), device), Layout.of(lengths, device, N, T))
+        grid = self.training and self.config.dropout > 0 or not attends_packed(
+            self.wte.weight, self.compute_dtype or self.wte.weight.dtype, self.config.n_embd // self.config.n_head)
+        x = self.hidden(send(F.pad(idx, (0, N - len(idx))), device), Layout.of(lengths, device, N, T, grid))
         losses = self.losses(x.index_select(0, send(rows, device)), send(targets, device))
         return losses[:len(learned)] if each else losses.sum()
 

@@ -44,7 +44,9 @@ MUTATIONS = {
     "packed examples see each other": ('''lengths = torch.as_tensor(lengths)
         B, T''', '''lengths = torch.as_tensor(lengths).sum()[None]
         B, T'''),
-    "positions do not restart": ('''return cls(send(index % T, device)''', '''return cls(send(torch.arange(len(index)) % 64, device)'''),
+    "positions do not restart": ('''send(index % T, device)''', '''send(torch.arange(len(index)) % 64, device)'''),
+    "packed examples see each other on a GPU": ('''torch.cat([lengths, torch.tensor([tail])]).cumsum(0)''', '''(lengths.sum() + tail)[None]'''),
+    "few rows without their bias": ('''columns).t()[:len(x)] + start''', '''columns).t()[:len(x)]'''),
     "attention sees the future": ('''dtype=dtype).triu(1)''', '''dtype=dtype).triu(2)'''),
     "cache written one place late": ('''keys[rows, :, layout.position], values[rows, :, layout.position] =''',
                                      '''late = (layout.position + 1) % keys.size(2)

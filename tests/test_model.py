@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import http.server
+import itertools
 import json
 import threading
 
@@ -135,6 +136,73 @@ def test_attention_written_out_equals_the_fused_kernel():
     fused = model_module.attend(q, k, v, None, 0.0)
     written = model_module.attend(q.requires_grad_(), k, v, None, 0.0)
     assert (fused - written).norm() < 1e-2 * fused.norm()
+
+
+def one_by_one(q, k, v, bounds, longest):
+    """What attend_packed promises."""
+    ends = bounds.tolist()
+    assert bounds.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
+    rows = [[x[start:end].transpose(0, 1) for x in (q, k, v)] for start, end in itertools.pairwise(ends)]
+    assert max(row[0].size(1) for row in rows) <= longest
+    return torch.cat([torch.nn.functional.scaled_dot_product_attention(*row, is_causal=True).transpose(0, 1)
+                      for row in rows])
+
+
+@pytest.mark.parametrize("lengths, block_size", [(LENGTHS, 64), ([3, 2], 8), ([32, 32], 64)])
+def test_attention_without_a_grid_gives_the_same_loss_and_gradients(lengths, block_size, monkeypatch):
+    """With a tail, with one longer than every example, without any. A GPU's kernel stands in for itself below."""
+    model, generator, results = tiny(block_size=block_size).double(), torch.Generator().manual_seed(0), []
+    model.config.dropout = 0.5  # a model in training needs the grid for it
+    idx, targets = torch.randint(257, (2, sum(lengths)), generator=generator)
+    for grid in (True, False):
+        monkeypatch.setattr(model_module, "attends_packed", lambda *_, grid=grid: not grid)
+        monkeypatch.setattr(model_module, "attend_packed", one_by_one)
+        model.eval()
+        model.zero_grad()
+        loss = model(idx, targets, lengths)
+        loss.backward()
+        results.append((loss.item(), [p.grad.clone() for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-12)
+    for expected, gradient in zip(*(gradients for _, gradients in results), strict=True):
+        assert (gradient - expected).norm() <= 1e-10 * expected.norm()
+    monkeypatch.setattr(model_module, "attend_packed", None)  # never called
+    assert torch.isfinite(model.train()(idx, targets, lengths))
+
+
+def test_torchs_attention_for_a_gpu_takes_what_we_give_it():
+    """Shapes, dtypes and names alone, on the meta device: its own fake kernel checks them."""
+    q, k, v = torch.empty(40, 3, 4, 32, dtype=torch.bfloat16, device="meta").unbind(1)
+    bounds = torch.empty(5, dtype=torch.int32, device="meta")
+    found = model_module.attend_packed(q, k, v, bounds, 16)
+    assert found.shape == q.shape and found.dtype == q.dtype
+
+
+def test_compiled_blocks_take_every_shape_in_one_graph(monkeypatch):
+    """As on a GPU, by its fake kernels: nothing is compiled again, whatever the number and the lengths of examples."""
+    monkeypatch.setattr(model_module, "attends_packed", lambda *_: True)
+    model = tiny(n_head=5, n_embd=40).to("meta")  # the first batch has 32 tokens, which should be no other number
+    model.compute_dtype = torch.bfloat16
+    for block in model.h:
+        block.compile(dynamic=True, fullgraph=True, backend="aot_eager")
+    for lengths, stance in (LENGTHS, "default"), ([9, 3], "fail_on_recompile"), ([40], "fail_on_recompile"):
+        with torch.compiler.set_stance(stance):
+            model(*torch.zeros(2, sum(lengths), dtype=torch.int64), lengths).backward()
+    assert model.h[1].attn.c_attn.weight.grad.shape == (120, 40)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_attention_on_a_gpu_is_that_of_the_grid(monkeypatch):
+    model, (idx, targets), results = tiny().cuda(), packed_batch(), []
+    model.compute_dtype = torch.bfloat16
+    assert model_module.attends_packed(model.wte.weight, torch.bfloat16, 8)
+    for kept in (True, False):
+        if not kept:
+            monkeypatch.setattr(model_module, "attends_packed", lambda *_: False)
+        model.zero_grad()
+        model(idx, targets, LENGTHS).backward()
+        results.append([p.grad.clone() for p in model.parameters()])
+    for packed, expected in zip(*results, strict=True):
+        assert (packed - expected).norm() <= 3e-2 * expected.norm()
 
 
 def test_the_loss_in_slices_and_gradient_checkpointing_change_nothing():
@@ -428,7 +496,7 @@ def test_bfloat16_resolves_logits_that_all_lie_far_from_zero(written, monkeypatc
         assert error.pow(2).mean().sqrt() < 0.05
 
 
-@pytest.mark.parametrize("rows", [1, 7, 40])
+@pytest.mark.parametrize("rows", [1, 7, 200])
 def test_every_way_to_multiply_by_a_weight_gives_the_same(rows):
     """float32 or bfloat16 inputs, with gradients (written or autograd's) or without, few rows or many."""
     generator = torch.Generator().manual_seed(0)
@@ -441,7 +509,7 @@ def test_every_way_to_multiply_by_a_weight_gives_the_same(rows):
             for grad in (True, False):
                 with torch.set_grad_enabled(grad):
                     found = copied(x.to(dtype))
-                assert found.dtype == dtype and found.is_contiguous()
+                assert found.dtype == dtype and found.shape == expected.shape
                 assert (found - expected).abs().max() < tolerance * expected.abs().max()
 
 
