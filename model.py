@@ -303,10 +303,10 @@ class GPT(nn.Module):
         """Cross-entropy of each row, a slice of them at a time: the logits of a whole batch of text would not fit."""
         def slice_losses(x, targets):
             return CrossEntropy.apply(self.logits(x), targets)
-        if len(x) <= 1024:
+        if len(x) <= 2048:
             return slice_losses(x, targets)
         return torch.cat([checkpoint(slice_losses, *one, use_reentrant=False)
-                          for one in zip(x.split(1024), targets.split(1024), strict=True)])
+                          for one in zip(x.split(2048), targets.split(2048), strict=True)])
 
     # ---- generation ----
 

@@ -62,7 +62,7 @@ def expected_memory(model, learned, tokens, config):
     each = (2 if half else 4) + (4 if config.low_memory else 8)
     layers = 1 + n_layer / 8 if config.gradient_checkpointing else n_layer
     return (learned * each + tokens * layers * n_embd * 20 * model.compute_dtype.itemsize
-            + min(tokens, 1024) * model.config.vocab_size * 14)
+            + min(tokens, 2048) * model.config.vocab_size * 7)
 
 
 def describe(model, base, plan, config, train, val, device, processes):
