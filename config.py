@@ -11,7 +11,9 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
+import shutil
 import sys
 
 
@@ -47,7 +49,7 @@ def parse_config(config_class, argv=None):
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [--flag=value ...]", description=inspect.getmodule(config_class).__doc__,
         allow_abbrev=False, add_help=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, 120))
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, min(120, terminal_width())))
     parser.error = lambda message: refuse(message.replace("argument --", "--", 1))
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     group = parser
@@ -65,23 +67,30 @@ def parse_config(config_class, argv=None):
         [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words])
     for name in (word.split("=")[0] for word in unknown):
         close = difflib.get_close_matches(name.lstrip("-"), fields, n=1) if name.startswith("-") else []
-        refuse(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}: "
-               + (f"did you mean --{close[0]}?" if close else "--help lists the flags"))
+        refuse(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}: " + (
+            f"did you mean --{close[0]}?" if close else "--help lists the flags" if name.startswith("-") else
+            f"did you mean --{next(iter(fields))}={name}?"))
     config = config_class(**vars(flags))
     object.__setattr__(config, "given", frozenset(vars(flags)))  # the flags that were set
     return config
 
 
+def terminal_width():
+    return shutil.get_terminal_size((120, 24)).columns
+
+
 def status(line, end=False):
     """One progress line that is drawn over in a terminal; in a log file only the last one (`end`) is printed."""
     if sys.stdout.isatty():
-        print(f"\r{line}\033[K", end="\n" if end else "", flush=True)
+        print(f"\r{line[:terminal_width() - 1]}\033[K", end="\n" if end else "", flush=True)
     elif end:
         print(line, flush=True)
 
 
 def run(main, config_class):
     """`main` with the command line's config; a user's mistake ends in one line on stderr and exit code 1 or 2."""
+    sys.stdin, sys.stdout, sys.stderr = (stream or open(os.devnull, mode) for stream, mode in (
+        (sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))  # where the caller has closed one
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows '?'
     try:
@@ -96,4 +105,10 @@ def run(main, config_class):
     except (UserError, OSError) as error:
         status("")
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if "not enough memory" not in str(error) and "allocate memory" not in str(error):  # torch's, on a CPU
+            raise
+        print("error: there is not enough memory: take a smaller model, --lora_rank or a smaller micro-batch",
+              file=sys.stderr)
         sys.exit(1)

@@ -458,7 +458,8 @@ def draw(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.size(-1))).values[:, -1:], -math.inf)
     probabilities, order = logits.softmax(-1).sort(-1, descending=True)
     if top_p < 1:
-        probabilities[probabilities.cumsum(-1) - probabilities >= top_p] = 0  # the likeliest always stays
+        before = probabilities.cumsum(-1) - probabilities
+        probabilities[:, 1:][before[:, 1:] >= top_p] = 0  # the likeliest always stays
     return order.gather(-1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(-1)
 
 

@@ -36,6 +36,7 @@ SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its predict
 EOT = None  # in a rendered segment: the end-of-text token, which no text can become
 OURS = re.compile(r"meta\.json|test\.jsonl|(train|val)_\d{5}\.npy")  # what an out_dir may hold to be written anew
 KINDS = {"text": "text", "prompt": "prompt"}  # by the role of the first message; all others are conversations
+SEVERAL = "conversations of several turns"
 CHUNK = 2048  # records rendered and encoded at a time
 PIECE = 1_000_000  # characters of a document read at a time
 
@@ -305,7 +306,11 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                     messages[0][0] == "prompt" and not spec["response_format"] and "completion" not in record)
                 if kind != (first_kind := first_kind or kind):
                     raise UserError(f"a {kind} record among {first_kind} records; prepare each kind by itself")
-                said = len(messages)
+                said, asked = len(messages), [fields for role, fields in messages if role == "user"]
+                if asked and not any(value.strip() for fields in asked for value in fields.values()):
+                    report["dropped: no question"] += 1
+                    continue
+                report[SEVERAL] += len(asked) > 1
                 while messages and messages[-1][0] in ("system", "user"):
                     messages.pop()
                 if messages and any(value.strip() for value in messages[-1][1].values()):
@@ -389,22 +394,30 @@ def print_report(meta, report, out_dir):
               f"{part['supervised_tokens'] / max(part['tokens'], 1):6.1%} supervised, longest {part['longest']:,}")
     print(f"test  {meta['test']['examples']:10,} records in {out_dir / 'test.jsonl'}")
     for reason, count in report.items():
-        if count and reason not in ("records", "held out for test"):
+        if count and reason not in ("records", "held out for test", SEVERAL):
             print(f"{count:,} {reason}")
     if not meta["val"]["examples"]:
         print("warning: the validation split is empty; train.py then keeps the last weights, not the best "
               "(--val_fraction, or more records)")
-    print(f"wrote {out_dir} ({meta['encoding']} encoding, {meta['prompt']['template']} template); next: python train.py"
-          + f" --data_dir={out_dir}" * (out_dir != Path("data/demo")))
+    wording = "your formats" if meta["prompt"]["response_format"] else f"{meta['prompt']['template']} template"
+    print(f"wrote {out_dir} ({meta['encoding']} encoding, {wording}); next: python train.py"
+          + f" --data_dir={out_dir} --out_dir=out-{out_dir.name}" * (out_dir != Path("data/demo")))
 
 
 def publish(work, out_dir):
-    """Renames the finished directory into place; an older one of ours is removed once the new one stands there."""
+    """Renames the finished directory into place; an older one of ours is removed once the new one stands there, but for
+    files that somebody put there meanwhile."""
     old = work.with_name(work.name + ".old")
     if out_dir.exists():
         out_dir.rename(old)
     work.rename(out_dir)
-    shutil.rmtree(old, ignore_errors=True)
+    for path in old.glob("*"):
+        if OURS.fullmatch(path.name):
+            path.unlink()
+        else:
+            path.rename(out_dir / path.name)
+    if old.exists():
+        old.rmdir()
 
 
 def main(config):
@@ -414,12 +427,14 @@ def main(config):
         path, name = fetch(config.input, downloads)
         stem, kind = os.path.splitext(name.removesuffix(".gz"))
         if kind.lower() not in (".json", ".jsonl", ".csv", ".tsv", ".txt"):
-            raise UserError(f"--input: {name} is none of .json .jsonl .csv .tsv .txt, or one of them .gz; rename it")
+            raise UserError(f"--input: {name} is none of .json .jsonl .csv .tsv .txt or one of them .gz; save it so")
         out_dir = Path(config.out_dir or Path("data") / stem)
-        if out_dir.exists() and not out_dir.is_dir():
+        if out_dir.is_file():
             raise UserError(f"--out_dir={out_dir} is a file; name a directory")
         if foreign := [file.name for file in out_dir.glob("*") if not OURS.fullmatch(file.name)]:
             raise UserError(f"--out_dir={out_dir} holds files that are not ours ({foreign[0]}); name another directory")
+        if path.resolve().parent == out_dir.resolve():
+            raise UserError(f"--out_dir={out_dir} holds --input itself and is written anew; name another directory")
         encoding = get_encoding(config.encoding or ("gpt2" if config.input else "bytes"))
         spec = {"template": config.template or ("alpaca" if config.input else "chat"), **{
             name: getattr(config, name).replace("\\n", "\n").replace("\\t", "\t")
@@ -438,9 +453,9 @@ def main(config):
                 why = ", ".join(f"{count} {reason}" for reason, count in report.items() if count)
                 raise UserError(f"--input: {name} leaves nothing to train on ({why or 'it is empty'})")
             meta = {"format_version": FORMAT_VERSION, "encoding": encoding.name, "vocab_size": encoding.n_vocab,
-                    "eot": encoding.eot_token, "prompt": as_rendered(first, spec),
-                    "block_size": config.block_size, "seed": config.seed,
-                    "source": name, "source_sha256": sha256_of(path),
+                    "eot": encoding.eot_token, "block_size": config.block_size, "seed": config.seed, "source": name,
+                    "source_sha256": sha256_of(path), "prompt": {
+                        **as_rendered(first, spec), "turns": "several" if report[SEVERAL] else "one"},
                     "train": train.counts(), "val": val.counts(), "test": {"examples": report["held out for test"]}}
             (work / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             publish(work, place)

@@ -102,11 +102,13 @@ def beginning(value):
 
 
 def whole(text, name):
-    """`text`, if it is one that UTF-8 can hold."""
+    """`text`, if it is one that UTF-8 can hold and tiktoken can cut."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{name}: half a surrogate pair ({text[error.start]!a}) is no text; repair it") from None
+    if len(text) > 100_000 and re.search(r"\s{100000}", text):
+        raise UserError(f"{name}: 100,000 characters of white space in a row are too many for the tokenizer; cut them")
     return text
 
 
@@ -152,7 +154,8 @@ def to_messages(record, spec, answered=True):
     and assistant; prompt and completion for what is rendered as it is; text.
     """
     if not isinstance(record, dict):
-        raise UserError(f"a record is an object with named fields, not {beginning(record)}")
+        raise UserError(f"a record is an object with named fields, not {beginning(record)}"
+                        + "; name a file that is one list .json" * isinstance(record, list))
     if spec["response_format"]:
         if spec["template"] == "text":
             return [("text", {"text": fill(spec["response_format"], record, "response_format")})]
@@ -176,9 +179,12 @@ def to_messages(record, spec, answered=True):
         if answer not in record and "response" in record:
             answer = "response"
     else:
-        raise UserError(f"unknown kind of record with {', '.join(map(repr, record)) or 'no fields'}: expected "
-                        "instruction and output, prompt and completion, messages, conversations or text; for other "
-                        "columns give --prompt_format and --response_format")
+        alone = next(iter(record), "")
+        mark = next((mark for mark in ";\t,|" if len(record) == 1 and mark in str(alone)), "")
+        raise UserError(f"unknown kind of record with {', '.join(map(repr, record)) or 'no fields'}: " + (
+            f"its columns seem to be parted by {mark!r}; save it as .csv with commas, or .tsv with tabs" if mark else
+            "expected instruction and output, prompt and completion, messages, conversations or text (a table's first "
+            "line names them); for other columns give --prompt_format and --response_format"))
     if answered or answer in record:
         role = "assistant" if messages[0][0] == "user" else "completion"
         messages.append((role, {"text": text_of(record, answer)}))

@@ -23,8 +23,8 @@ from cpu import keep_freed_memory
 from dataset import load_meta
 from model import GPT
 from prepare_data import alpaca_prompt, encode, get_encoding, render
-from records import NAME, fill, read_records, sha256_of, to_messages
-from score import confusion, score, summary
+from records import NAME, read_records, sha256_of, to_messages
+from score import classify, confusion, label_set, score, summary
 from train import pick_device, pick_dtype
 from weights import atomic_file, base_of, locate, read_json, tokenizer_files
 
@@ -61,6 +61,7 @@ class SampleConfig:
                    for name in ("max_new_tokens", "num_samples", "batch_size")},
                 temperature=not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"))
                 and f"{self.temperature} is neither 0 nor a number from 1e-6 on",
+                seed=not 0 <= self.seed < 2**63 and f"{self.seed} is not in [0, 2^63)",
                 top_k=self.top_k < 0 and f"{self.top_k} is below 0",
                 top_p=not 0 < self.top_p <= 1 and f"{self.top_p} is not in (0, 1]",
                 adapter=bool(self.adapter) and "," in self.model and "needs one --model, not several",
@@ -92,8 +93,9 @@ class Voice:
             yield [None if token == self.encoding.eot_token else token for token in ids]
 
 
-def stored_spec(path):
-    """What prompt.json beside a weights file says, or None; UserError where an adapter's base has changed."""
+def stored_spec(path, base=None):
+    """What prompt.json beside a weights file says, or None; UserError where an adapter was trained on other weights
+    than the base, its own if none is given."""
     stored = path.parent / "prompt.json"
     spec = read_json(stored) if stored.exists() else None
     for name in ("template", "prompt_format", "response_format", "encoding") if spec is not None else ():
@@ -101,9 +103,9 @@ def stored_spec(path):
             raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; put back the file that train.py wrote, "
                             "or remove it and give --data_dir")
     if path.name == "adapter_config.json" and spec and spec.get("base_sha256"):
-        base = locate(base_of(path))
+        base = locate(base or base_of(path))
         if sha256_of(base) != spec["base_sha256"]:
-            raise UserError(f"{path.parent} was trained on other weights than {base} holds now; put the old file back")
+            raise UserError(f"{path.parent} was trained on other weights than {base} holds; name those")
     return spec
 
 
@@ -117,7 +119,8 @@ def load(config):
         keep_freed_memory()
     names = config.adapter.split(",") if config.adapter else config.model.split(",")
     paths = [locate(name) for name in names]
-    specs = [stored_spec(path) for path in paths]
+    specs = [stored_spec(path, config.model if config.adapter and config.model != SampleConfig.model else None)
+             for path in paths]
     if config.data_dir:
         meta = load_meta(config.data_dir)
         specs = [{**meta["prompt"], "encoding": meta["encoding"]}] * len(names)
@@ -161,7 +164,7 @@ def prompt_messages(text, given, spec):
         record = None
     if len(columns) == 1 and not (isinstance(record, dict) and columns[0] in record):
         return to_messages({columns[0]: text}, spec, answered=False)
-    if not isinstance(record, dict):
+    if not isinstance(record, dict) or not set(columns) <= record.keys():
         raise UserError(f"--prompt: this model reads the columns {', '.join(columns)}; give a JSON object, "
                         f"""'{{{", ".join(f'"{name}": "..."' for name in columns)}}}'""")
     return to_messages(record, spec, answered=False)
@@ -181,13 +184,14 @@ def stream(voice, prompt, config):
 
 
 class Conversation:
-    """The turns so far, as token ids. The chat template keeps them, and the oldest whole turns are dropped when the
-    context is full; other templates answer every prompt by itself."""
+    """The turns so far, as token ids. A model that learned conversations of several turns keeps them, and the oldest
+    whole turns are dropped when the context is full; others answer every prompt by itself."""
 
     def __init__(self, voice, system):
         self.voice, self.system, self.exchanges = voice, [], []
-        self.keeps = voice.spec is not None and voice.spec["template"] == "chat" and not voice.spec["prompt_format"]
-        if self.keeps and system:
+        self.keeps = (voice.spec is not None and voice.spec["template"] == "chat" and not voice.spec["prompt_format"]
+                      and voice.spec.get("turns") != "one")
+        if system:
             nothing = ("user", {"content": ""})
             both = voice.prompt_ids([("system", {"content": system}), nothing])
             self.system = both[:-len(voice.prompt_ids([nothing]))]
@@ -209,7 +213,8 @@ def chat(voices, config):
     conversations = [Conversation(voice, config.system) for voice in voices]
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
-    print("Type a prompt; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
+    alone = ", each answered by itself" * (not any(conversation.keeps for conversation in conversations))
+    print(f"Type a prompt{alone}; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
     while True:
         try:
             text = input("> ")
@@ -274,31 +279,10 @@ def answer_all(voice, prompts, config):
     return responses
 
 
-def label_set(references, config, spec):
-    """The classes that the answers come from, as they are rendered; [] where the file is no classification."""
-    if config.labels:
-        names, own = NAME.findall(spec["response_format"]), {truth.strip(): truth for truth in references if truth}
-        given = [label.strip() for label in config.labels.split(",")]
-        return [fill(spec["response_format"], {names[0]: label}, "labels") if len(names) == 1 else own.get(label, label)
-                for label in given]
-    labels = sorted({reference for reference in references if reference is not None})
-    return labels if 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references) else []
-
-
-def classify(voice, prompts, labels):
-    """The likeliest label for each prompt: highest log-probability summed over the label's tokens and its stop."""
-    answers, likeliest = [voice.encoding.encode_ordinary(label) + [voice.encoding.eot_token] for label in labels], []
-    room = voice.model.config.block_size + 1 - max(map(len, answers))
-    size = max(1, 64 // len(labels))
-    for start in range(0, len(prompts), size):  # a prompt that fills the context loses its beginning
-        scores = voice.model.log_likelihood([prompt[-room:] for prompt in prompts[start:start + size]], answers)
-        likeliest += [labels[i] for i in scores.argmax(1).tolist()]
-        status(f"{len(likeliest):,} of {len(prompts):,} classified", end=len(likeliest) == len(prompts))
-    return likeliest
-
-
 def answer_file(voices, config):
     """Answers every record with every voice, writes the records with their responses, and scores them."""
+    if Path(config.output).is_dir():
+        raise UserError(f"--output={config.output} is a directory; name a file")
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
         written, results = answer_with(voices, config)
         for record in written:
@@ -317,12 +301,12 @@ def answer_with(voices, config):
         records, prompts, references = read_prompts(Path(config.file), voice, config.system)
         if len(voices) > 1:
             print(f"{voice.name}:")
+        labels, scored = label_set(references, config.labels, voice), [truth is not None for truth in references]
         responses = answer_all(voice, prompts, config)
         written = written or [{**record} for record in records]
         key = "model's response" if any("response" in record for record in records) else "response"
         for record, response in zip(written, responses, strict=True):
             record[key if len(voices) == 1 else f"response of {voice.name}"] = response
-        labels, scored = label_set(references, config, voice.spec), [truth is not None for truth in references]
         likeliest = classify(voice, list(compress(prompts, scored)), labels) if labels else []
         if labels:
             confusion(zip(compress(references, scored), likeliest, strict=True), labels)
@@ -340,7 +324,7 @@ def chat_template(spec):
     if columns or spec["template"] == "alpaca":
         mark = "\0"
         wording = spec["prompt_format"].replace(f"{{{columns[0]}}}", mark, 1) if columns else alpaca_prompt(mark, "")
-        before, after = (json.dumps(part) for part in wording.split(mark))
+        before, after = (json.dumps(part, ensure_ascii=False) for part in wording.split(mark))
         return (f"{{{{ {before} }}}}{{{{ messages[0]['content'] }}}}{{{{ {after} }}}}"
                 "{% if messages|length > 1 %}{{ messages[1]['content'] + '<|endoftext|>' }}{% endif %}")
     return ("{% for m in messages %}{{ '<|endoftext|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
@@ -350,6 +334,8 @@ def chat_template(spec):
 def export(voice, directory):
     """Writes weights (LoRA merged), configurations and, for GPT-2's encoding, the tokenizer, for transformers."""
     directory, stop = Path(directory), voice.encoding.eot_token
+    if (directory / "model.safetensors").exists() or (directory / "adapter_config.json").exists():
+        raise UserError(f"--export={directory} holds a model already; name another directory")
     voice.model.merge_lora().save_pretrained(directory)
     files = {"generation_config.json": json.dumps({"eos_token_id": stop, "bos_token_id": stop, "pad_token_id": stop})}
     if voice.spec:

@@ -1,6 +1,9 @@
 """What answers are worth: exact matches, likeliest labels with their confidence interval, a confusion matrix."""
 from collections import Counter
 
+from config import UserError, status
+from records import NAME, fill
+
 
 def interval(right, count):
     """Wilson's 95 % confidence interval of a share."""
@@ -9,9 +12,40 @@ def interval(right, count):
     return tuple((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
 
 
+def label_set(references, given, voice):
+    """The classes that the answers come from, as they are rendered: those `given`, with commas, or the
+    references, where they are few; [] where the file is no classification."""
+    labels = sorted({reference for reference in references if reference is not None})
+    if given:
+        form, own = voice.spec["response_format"], {truth.strip(): truth for truth in labels}
+        names = NAME.findall(form)
+        labels = [fill(form, {names[0]: label}, "labels") if len(names) == 1 else own.get(label, label)
+                  for label in (label.strip() for label in given.split(","))]
+    longest = max((len(voice.encoding.encode_ordinary(label)) for label in labels), default=0)
+    if given and longest >= voice.model.config.block_size:
+        raise UserError(f"--labels: one has {longest:,} tokens, more than the context: give short ones")
+    few = 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references) and longest < voice.model.config.block_size
+    return labels if given or few else []
+
+
+def classify(voice, prompts, labels):
+    """The likeliest label for each prompt: highest log-probability summed over the label's tokens and its stop."""
+    answers, likeliest = [voice.encoding.encode_ordinary(label) + [voice.encoding.eot_token] for label in labels], []
+    room = voice.model.config.block_size + 1 - max(map(len, answers))
+    size = max(1, 64 // len(labels))
+    for start in range(0, len(prompts), size):  # a prompt that fills the context loses its beginning
+        scores = voice.model.log_likelihood([prompt[-room:] for prompt in prompts[start:start + size]], answers)
+        likeliest += [labels[i] for i in scores.argmax(1).tolist()]
+        status(f"{len(likeliest):,} of {len(prompts):,} classified", end=len(likeliest) == len(prompts))
+    return likeliest
+
+
 def confusion(pairs, labels):
     """Prints, for (truth, prediction) pairs, how often each label was taken for which, and each label's recall."""
     counts, width = Counter(pairs), max(8, *(len(label.strip()) + 1 for label in labels))
+    if others := sum(count for (truth, _), count in counts.items() if truth not in labels):
+        print(f"\n{others} of {sum(counts.values())} records have another answer than these labels: they count as "
+              "wrong and stand in no row")
     print("\n" + "truth \\ likeliest".ljust(18) + "".join(label.strip()[:width - 1].rjust(width) for label in labels)
           + "recall".rjust(9))
     for truth in labels:

@@ -20,15 +20,22 @@ import sys
 import threading
 import time
 import zlib
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from checkpoint import DTYPES, load_checkpoint, restore, save_checkpoint, trainable
 from config import UserError, require, run, status
 from cpu import SlicedAdamW, keep_freed_memory
 from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
@@ -36,9 +43,8 @@ from model import GPT, IGNORE, GPTConfig, optimizer_groups
 from prepare_data import get_encoding
 from records import sha256_of
 from watch import Forgetting, Log, Samples, describe, find_hardest, plot
-from weights import SIZES, atomic_file, locate, write_json
+from weights import SIZES, locate, write_json
 
-FORMAT_VERSION = 1  # of ckpt.pt
 RESULTS = ("ckpt.pt", "log.csv", "loss.png", "forget.csv", "examples.csv", "tensorboard", "best",
            "last")  # what a run leaves in its out_dir
 
@@ -96,7 +102,8 @@ class TrainConfig:
     def __post_init__(self):
         def below(name, least):
             value = getattr(self, name)
-            return not least <= value < math.inf and f"{value} is {f'below {least}' if value < least else 'no number'}"
+            return not least <= value < 2**31 and (
+                f"{value} is {f'below {least}' if value < least else 'no number below 2^31'}")
 
         def none_of(name, *choices):
             return getattr(self, name) not in choices and f"{getattr(self, name)!r} is none of {', '.join(choices)}"
@@ -110,7 +117,7 @@ class TrainConfig:
                 **{name: not 0 <= getattr(self, name) < 1 and f"{getattr(self, name)} is not in [0, 1)"
                    for name in ("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2")},
                 lr_schedule=none_of("lr_schedule", "cosine", "linear", "constant"),
-                dtype=none_of("dtype", "auto", "float32", "bfloat16", "float16", "float64"),
+                dtype=none_of("dtype", "auto", *DTYPES),
                 **{name: getattr(self, name) and not find_spec(name) and f"needs a package: pip install {name}"
                    for name in ("wandb", "tensorboard")},
                 low_memory=self.low_memory and self.beta2 > 0.99 and "needs --beta2=0.99 or less: bfloat16 is coarse",
@@ -151,7 +158,8 @@ def build_model(config, meta, checkpoint):
     model, base = GPT.from_pretrained(init_from, config.dropout).merge_lora(), {"name": init_from}
     if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 128:  # some pad it for speed
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
-                        f"({meta['encoding']}) has {meta['vocab_size']}: prepare the data with the model's encoding")
+                        f"({meta['encoding']}) has {meta['vocab_size']}: name other data with --data_dir, or prepare "
+                        "it with the model's encoding")
     longest, context = max(meta["train"]["longest"], meta["val"]["longest"]), model.config.block_size
     if longest - 1 > context:
         raise UserError(f"--init_from={init_from} has a context of {context} tokens, the longest example "
@@ -164,9 +172,11 @@ def build_model(config, meta, checkpoint):
         base["sha256"] = sha256_of(path)
         if checkpoint and checkpoint["base"] != base:
             raise UserError(f"--resume: {path} is not the file that this adapter was begun on; put the old one back")
-        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","))
-        if not any(p.requires_grad for p in model.parameters()):
-            raise UserError(f"--lora_targets={config.lora_targets} names no layer; GPT-2's are c_attn, c_proj, c_fc")
+        targets = config.lora_targets.split(",")
+        if wrong := [target for target in targets if not any(
+                name.endswith(f".{target}") and hasattr(module, "weight") for name, module in model.h.named_modules())]:
+            raise UserError(f"--lora_targets: {wrong[0]!r} names no layer; GPT-2's are c_attn, c_proj, c_fc")
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
     return model, base
 
 
@@ -179,14 +189,28 @@ def build_optimizer(model, config, learning_rate, device):
     return optimizer
 
 
-def trainable(model):
-    """The parameters that training changes, by name: all, or under LoRA the adapter's."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+@contextlib.contextmanager
+def claimed(out_dir):
+    """Makes out_dir; within it no other run may claim it. Windows and some network file systems have no such locks."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    handle = os.open(out_dir, os.O_RDONLY) if fcntl else None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--out_dir={out_dir}: another run writes there; name another, or wait for it") from None
+    except OSError:  # it has no locks
+        pass
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
 
 
 def clear(out_dir, names=RESULTS):
-    """Makes out_dir and removes what an earlier run left in it: these names, and what it was writing when it died."""
-    out_dir.mkdir(parents=True, exist_ok=True)
+    """Removes what an earlier run left in out_dir: these names, and what it was writing when it died."""
     for path in (path for name in ("", "best", "last") for path in (out_dir / name).glob("*.[0-9]*.tmp")):
         path.unlink()
     for name in names:
@@ -198,6 +222,8 @@ def clear(out_dir, names=RESULTS):
 
 def pick_device(name):
     """The named device, or the best that this machine has."""
+    if name.startswith("meta"):
+        raise UserError(f"--device={name} computes nothing; try --device=cpu")
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
@@ -262,60 +288,7 @@ def evaluate(model, shards, budget):
     return float(loss.sum() / supervised.sum())
 
 
-# ---- checkpoint -----------------------------------------------------------------------------------------------------
-
-def save_checkpoint(path, **state):
-    """Tensors and plain values only, so that loading executes nothing; an older checkpoint stays until this one is
-    complete on disk."""
-    try:
-        with atomic_file(path) as file:
-            torch.save({"format_version": FORMAT_VERSION, **state}, file)
-    except RuntimeError as error:  # torch's, in the midst of a failed write
-        reason = str(error.__context__ or error).splitlines()[0][:80]
-        raise UserError(f"cannot write {path} ({reason}); is the disk full?") from None
-
-
-def load_checkpoint(path):
-    if not path.is_file():
-        raise UserError(f"--resume: {path} is not there; name the run's --out_dir, or start it anew with --overwrite")
-    remedy = remedy_for(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        version = checkpoint["format_version"]
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this program reads {FORMAT_VERSION}; {remedy}")
-    kinds = dict(step=int, config=dict, data=dict, model_config=dict, base=dict, dtype=str, model=dict, optimizer=dict,
-                 scaler=dict, best_val_loss=float, elapsed=float, crc=int, total_steps=int)
-    if wrong := [name for name, kind in kinds.items() if type(checkpoint.get(name)) is not kind]:
-        raise UserError(f"{path} is damaged ({', '.join(wrong)}); {remedy}")
-    if checkpoint["model_config"].keys() != vars(GPTConfig()).keys():
-        raise UserError(f"{path} is damaged (model_config); {remedy}")
-    if unknown := checkpoint["config"].keys() - {field.name for field in dataclasses.fields(TrainConfig)}:
-        raise UserError(f"{path} has flags that this program lacks ({', '.join(map(str, unknown))}); {remedy}")
-    return checkpoint
-
-
-def restore(checkpoint, path, model, optimizer, scaler):
-    """Puts the weights and states of a checkpoint in their places; UserError where they do not fit."""
-    try:
-        missing, unexpected = model.load_state_dict(checkpoint["model"], strict=False)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        for group in optimizer.param_groups:  # the device may be another one
-            group["fused"] = optimizer.defaults["fused"]
-        fits = not unexpected and not trainable(model).keys() & set(missing) and all(
-            state[name].shape == p.shape for p, state in optimizer.state.items() for name in ("exp_avg", "exp_avg_sq"))
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError):  # torch's, for what it cannot load
-        fits = False
-    if not fits:
-        raise UserError(f"{path} is damaged (its states do not fit its model); {remedy_for(path)}")
-
-
-def remedy_for(path):
-    return f"start anew with --overwrite, or from its weights with --init_from={path.parent}"
-
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 def resumed(config, saved, out_dir):
     """The checkpoint's config with those of this command line's flags that may change."""
@@ -504,8 +477,12 @@ def open_run(config):
     """(config, checkpoint): a new out_dir, or with --resume what it holds; a run that is there is never overwritten."""
     out_dir = Path(config.out_dir)
     if config.resume:
-        checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+        checkpoint = load_checkpoint(out_dir / "ckpt.pt", TrainConfig)
         return resumed(config, checkpoint["config"], out_dir), checkpoint
+    if config.overwrite and config.init_from and out_dir.resolve() in (
+            Path(config.init_from).resolve(), *Path(config.init_from).resolve().parents):
+        raise UserError(f"--init_from={config.init_from} lies in --out_dir={out_dir}, which --overwrite clears: name "
+                        "another --out_dir")
     if not config.overwrite and any((out_dir / name).exists() for name in RESULTS):
         raise UserError(f"--out_dir={out_dir} holds a run already: "
                         + "go on with --resume, " * (out_dir / "ckpt.pt").exists()
@@ -528,12 +505,12 @@ def save_weights(model, directory, meta, base):
 
 def main(config):
     """Trains as config says, into config.out_dir; returns the numbers that it reached."""
-    with joined(pick_device(config.device)) as device:
-        return train(config, device)
+    with joined(pick_device(config.device)) as device, ExitStack() as claims:
+        return train(config, device, claims)
 
 
-def train(config, device):
-    """What main promises, in one of perhaps several processes."""
+def train(config, device, claims):
+    """What main promises, in one of perhaps several processes; `claims` keeps other runs out of the out_dir."""
     config, checkpoint = open_run(config)
     out_dir, meta, rank = Path(config.out_dir), load_meta(config.data_dir), place()[0]
     check_data(meta, checkpoint, config.data_dir, out_dir)
@@ -551,11 +528,11 @@ def train(config, device):
     plan = Plan.of(config, base, shards.lengths, device)
     optimizer = build_optimizer(model, config, plan.learning_rate, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, elapsed, best_val_loss, crc, first_step = 0, 0.0, math.inf, 0, 0
+    step, elapsed, best_val_loss, crc, first_step, before = 0, 0.0, math.inf, 0, 0, None
     if checkpoint:
         restore(checkpoint, out_dir / "ckpt.pt", model, optimizer, scaler)
         step, elapsed, best_val_loss, crc = (checkpoint[name] for name in ("step", "elapsed", "best_val_loss", "crc"))
-        first_step = step
+        first_step, before = step, checkpoint["before"]
         if plan.total != checkpoint["total_steps"]:
             print(f"the run now has {plan.total:,} steps instead of {checkpoint['total_steps']:,}: from here on the "
                   "learning rate follows the new length")
@@ -564,15 +541,17 @@ def train(config, device):
     compiled = config.compile == "on" or config.compile == "auto" and device.type == "cuda" and plan.total >= 500
     budget, token_seconds = warm_up(model, optimizer, compiled, shards, config.batch_size, plan.budget)
     minutes = token_seconds * shards.lengths.mean() * config.batch_size * (plan.total - step) / 60 / place()[1]
-    print(f"expected to take about {minutes:.{int(minutes < 10)}f} minutes"
+    print("expected to take about " + (f"{minutes:.{int(minutes < 10)}f} minutes" if minutes >= 0.95 else
+                                       f"{60 * minutes:.0f} seconds")
           + f", at most {config.max_minutes:g}" * bool(config.max_minutes), flush=True)
     rank_model = model
     if place()[1] > 1:
         rank_model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     encoding = get_encoding(meta["encoding"])
-    samples = Samples(val if len(val) else shards, encoding)
+    samples = Samples(val if len(val) else shards, encoding, "held-out" if len(val) else "training", before)
     forgetting = Forgetting(config, base, encoding, out_dir, step)
     if rank == 0:  # now that nothing of the user's can be wrong any more
+        claims.enter_context(claimed(out_dir))
         clear(out_dir, () if config.resume else RESULTS)
     if step == 0 and rank == 0:
         samples.show(model, "before training" + forgetting.measure(model, 0))
@@ -609,7 +588,7 @@ def train(config, device):
                 if len(val):
                     val_loss = log.rows[-1]["val_loss"] = evaluate(model, val, budget)
                 better = val_loss < best_val_loss or not len(val)  # NaN is never better
-                reached = f", validation loss {val_loss:.4f}" * bool(len(val)) + ", the best so far" * better
+                reached = (f", validation loss {val_loss:.4f}" + ", the best so far" * better) * bool(len(val))
                 if rank == 0:
                     samples.show(model, f"step {step:,}{reached}{forgetting.measure(model, step)}")
                 if better:
@@ -627,7 +606,7 @@ def train(config, device):
                                     data=identity(meta), model_config=vars(model.config), base=base,
                                     dtype=str(dtype)[6:], model=trainable(model), optimizer=optimizer.state_dict(),
                                     scaler=scaler.state_dict(), best_val_loss=best_val_loss, elapsed=elapsed, crc=crc,
-                                    total_steps=plan.total)
+                                    total_steps=plan.total, before=samples.before or [])
             if rank == 0 and (last or signum or step % plan.eval_interval == 0):
                 plot(out_dir)
         if rank == 0:
@@ -639,8 +618,7 @@ def train(config, device):
                   + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
             sys.exit(128 + int(signum))
     if step == first_step:
-        print(f"nothing to do: the run had reached its --max_steps, --epochs or --max_minutes={config.max_minutes:g}; "
-              "raise what ended it, 0 for no limit")
+        print("nothing to do: the run had reached its --epochs, --max_steps or --max_minutes; raise what ended it")
     else:
         if rank == 0:
             samples.table(model)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import status
+from config import UserError, status
 from prepare_data import SUPERVISED, blocks
 from weights import atomic_file, opened
 
@@ -26,8 +26,11 @@ def read_rows(path):
     """The rows of a CSV file as dicts; none where there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values()]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{**row, "step": int(row["step"])} for row in csv.DictReader(file) if None not in row.values()]
+    except (ValueError, KeyError, csv.Error):
+        raise UserError(f"{path} is not as train.py wrote it: put it back, or remove it and lose its rows") from None
 
 
 def write_rows(path, rows):
@@ -92,7 +95,7 @@ class Log:
         self.plan, self.rate, self.writes, self.rows, self.skipped, self.in_a_row = plan, rate, writes, [], 0, 0
         self.path, self.first, self.began, self.trackers = out_dir / "log.csv", step, time.perf_counter(), []
         if writes:
-            write_rows(self.path, [row for row in read_rows(self.path) if int(row["step"]) <= step])
+            write_rows(self.path, [row for row in read_rows(self.path) if row["step"] <= step])
             self.trackers = trackers(config, out_dir)
 
     def add(self, work, wanted, **row):
@@ -109,9 +112,9 @@ class Log:
         if step % plan.log_interval == 0 or wanted or self.in_a_row:
             row, left = self.rows[-1], (time.perf_counter() - self.began) / (step - self.first) * (plan.total - step)
             share = work / row["seconds"] / self.rate
-            status(f"step {step:,}/{plan.total:,}  loss {row['train_loss']:.4f}  lr {row['learning_rate']:.2e}  norm "
-                   f"{row['grad_norm']:.2f}  {row['tokens'] / row['seconds']:,.0f} tokens/s, "
-                   f"{share:.0%} of the matmul rate  {left // 60:.0f}:{left % 60:02.0f} left"
+            status(f"step {step:,}/{plan.total:,}  {left // 60:.0f}:{left % 60:02.0f} left  "
+                   f"loss {row['train_loss']:.4f}  lr {row['learning_rate']:.1e}  norm {row['grad_norm']:.2f}  "
+                   f"{row['tokens'] / row['seconds']:,.0f} tokens/s ({share:.0%} of matmul's)"
                    + f"  ({self.skipped} skipped: not finite)" * bool(self.skipped), end=not sys.stdout.isatty())
 
     def write(self, sync):
@@ -153,10 +156,13 @@ def plot(out_dir):
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
     gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
-    rows = read_rows(out_dir / "log.csv")
-    steps, losses, rates, tokens = ([float(row[name]) for row in rows]
-                                    for name in ("step", "train_loss", "learning_rate", "tokens"))
-    evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+    try:
+        rows = read_rows(out_dir / "log.csv")
+        steps, losses, rates, tokens = ([float(row[name]) for row in rows]
+                                        for name in ("step", "train_loss", "learning_rate", "tokens"))
+        evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+    except (ValueError, KeyError):  # somebody has edited the log: no reason to end a run
+        return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
@@ -182,11 +188,19 @@ def plot(out_dir):
         figure.savefig(file, format="png", dpi=120)
 
 
-class Samples:
-    """A few held-out prompts with their answers, to see in plain text what the model has learned so far."""
+def without_template(texts):
+    """Each text in one line, less the lines that more than a fifth of the texts share: those are the template's."""
+    texts = [text.replace("<|endoftext|>", "\n").splitlines() for text in texts]
+    seen, few = Counter(line for lines in texts for line in set(lines)), max(1, len(texts) // 5)
+    return [" ".join(" ".join(line for line in lines if seen[line] <= few).split()) for lines in texts]
 
-    def __init__(self, shards, encoding, count=5):
-        self.encoding, self.prompts, self.answers, self.before, seen = encoding, [], [], None, Counter()
+
+class Samples:
+    """A few prompts with their answers, to see in plain text what the model has learned so far; `kind` tells where they
+    are from, `before` what an untrained model answered, if that is known already."""
+
+    def __init__(self, shards, encoding, kind, before=None, count=5):
+        self.encoding, self.kind, self.before, self.prompts, self.answers = encoding, kind, before, [], []
         for tokens in (shards[i] for i in range(min(40, len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())
@@ -195,12 +209,8 @@ class Samples:
             stop = first + int(np.append(~supervised[first:], True).argmax())
             self.prompts.append(tokens["id"][:first].tolist())
             self.answers.append(tokens["id"][first:stop].tolist())
-        lines = [encoding.decode(prompt).replace("<|endoftext|>", "\n").splitlines() for prompt in self.prompts]
-        for own in lines:
-            seen.update(set(own))
+        self.titles = [shorten(text) for text in without_template(map(encoding.decode, self.prompts))[:count]]
         del self.prompts[count:], self.answers[count:]
-        self.titles = [shorten(" ".join(line for line in own if line.strip() and (seen[line] == 1 or len(lines) == 1)))
-                       for own in lines[:count]]  # lines that stand in several prompts are the template's
 
     def answer(self, model, count):
         """One greedy answer to each of the first prompts, as ids, cut at the length of the right one plus a little."""
@@ -228,7 +238,7 @@ class Samples:
 
     def table(self, model):
         """Prints the held-out prompts with the answers before and after."""
-        print("  held-out prompts, before and after:")
+        print(f"  {self.kind} prompts, before and after:")
         after = self.answer(model, len(self.prompts))
         for title, before, now, right in zip(self.titles, self.before or after, after, self.answers, strict=True):
             print(f"    {title}\n" + f"      before: {self.text(before)!r}\n" * bool(self.before)
@@ -245,7 +255,7 @@ class Forgetting:
         if (path := str(config.forget_text or bundled)) != "none":
             self.text = Path(path).read_text(encoding="utf-8", errors="replace")
             self.ids = [encoding.eot_token, *encoding.encode_ordinary(self.text)]
-            self.rows = [row for row in read_rows(self.path) if int(row["step"]) <= step > 0]
+            self.rows = [row for row in read_rows(self.path) if row["step"] <= step > 0]
 
     @torch.no_grad()
     def measure(self, model, step):
@@ -271,9 +281,12 @@ def find_hardest(loss, supervised, shards, encoding, out_dir, count):
     mean = loss / np.maximum(supervised, 1)
     order = np.argsort(-mean, kind="stable")
     texts = {int(i): encoding.decode(shards[i]["id"].tolist()) for i in order[:1000]}
+    learned = {int(i): (shards[i]["flags"] & SUPERVISED).astype(bool) for i in order[:1000]}
+    prompts, answers = ([encoding.decode(shards[i]["id"][learned[i] == part].tolist()) for i in texts]
+                        for part in (False, True))
     write_rows(out_dir / "examples.csv", [{"example": i, "loss": f"{mean[i]:.6f}", "supervised_tokens": supervised[i],
                                            "text": texts.get(int(i), "")} for i in order])
     status("")
     print(f"  the hardest training examples (all {len(shards):,} by loss in {out_dir / 'examples.csv'}):")
-    for i in order[:count]:
-        print(f"    {mean[i]:7.3f}  {shorten(' '.join(texts[int(i)].replace('<|endoftext|>', ' ').split()))}")
+    for i, prompt, answer in zip(order[:count], without_template(prompts), answers, strict=False):
+        print(f"    {mean[i]:7.3f}  {shorten(f'{prompt} -> ' * bool(prompt) + ' '.join(answer.split()))}")

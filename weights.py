@@ -339,9 +339,9 @@ def download(name):
                 return snapshot / file
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/openai-community/{name}/resolve/main/model.safetensors"
-    help_ = f"check the network and try again, or give --init_from the path of a copy (from {url})"
+    help_ = f"check the network and try again, or name the path of a copy instead (from {url})"
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{name} is not in {hub} and HF_HUB_OFFLINE is set; unset it, or give --init_from a path")
+        raise UserError(f"{name} is not in {hub} and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")
     try:
         try:
             headers = urllib.request.build_opener(KeepRedirect).open(

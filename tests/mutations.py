@@ -86,6 +86,7 @@ MUTATIONS = {
 }
 
 TESTS = {"prepare_data.py": ["prepare_data"], "records.py": ["prepare_data"], "sample.py": ["sample"],
+         "score.py": ["sample"], "checkpoint.py": ["train"],
          "config.py": ["train"], "dataset.py": ["train"], "train.py": ["train"], "watch.py": ["train"],
          "model.py": ["model", "lora", "train"], "cpu.py": ["model", "lora", "train"], "weights.py": ["model", "lora"]}
 

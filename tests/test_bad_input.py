@@ -156,7 +156,8 @@ RECORDS = [
     ("number.json", "3", "^number.json, line 1: a record is an object with named fields, not 3$"),
     ("null.jsonl", ONE + "null", "line 2: a record is an object with named fields, not null"),
     ("string.json", '["text"]', '^string.json, record 1: a record is an object with named fields, not "text"$'),
-    ("lists.jsonl", "[" * 500 + "]" * 500, r"a record is an object with named fields, not \[{40}$"),
+    ("lists.jsonl", "[" * 500 + "]" * 500,
+     r"a record is an object with named fields, not \[{40}; name a file that is one list .json$"),
     ("margin.jsonl", '{"text": ' + "[" * 850 + "]" * 850 + "}", r"line 1: 'text' must be text, not \[{40}$"),
     ("none.jsonl", "{}", "line 1: unknown kind of record with no fields: expected instruction and output, .*"),
     ("unknown.jsonl", '{"question": "a"}', "line 1: unknown kind of record with 'question': .*give --prompt_format"),
@@ -211,7 +212,7 @@ RECORDS = [
     ("unicode.jsonl", ONE, r"--prompt_format: half a surrogate pair \('\\udce9'\)",
      dict(prompt_format="\udce9", response_format="b")),
     ("encoding.jsonl", ONE, "encoding='klingon' is none of bytes, gpt2", dict(encoding="klingon")),
-    ("suffix.parquet", ONE, "--input: suffix.parquet is none of .json .jsonl .csv .tsv .txt.*rename it"),
+    ("suffix.parquet", ONE, "--input: suffix.parquet is none of .json .jsonl .csv .tsv .txt.*save it so"),
 ]
 
 
@@ -246,18 +247,34 @@ def test_a_field_that_is_no_text(record, field, value, tmp_path):
 
 def test_places_that_are_no_place_for_it(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", colour_records(3))
-    (tmp_path / "directory.jsonl").mkdir()
-    (tmp_path / "foreign").mkdir()
+    for name in ("directory.jsonl", "foreign", "alone"):
+        (tmp_path / name).mkdir()
+    alone = write_lines(tmp_path / "alone" / "test.jsonl", colour_records(3))
     (tmp_path / "foreign" / "thesis.tex").write_text("years of work")
     for path, out_dir, message in (
             (tmp_path / "directory.jsonl", "data", "directory.jsonl' is a directory; give a file"),
             (tmp_path / "nothing.jsonl", "data", "nothing.jsonl' is not there; give a file"),
             ("no\0where.jsonl", "data", "is not there; give a file"),
             (source, "a.jsonl", "--out_dir=.*a.jsonl is a file; name a directory"),
+            (alone, "alone", "--out_dir=.*alone holds --input itself and is written anew; name another directory"),
             (source, "a.jsonl/data", "Not a directory|File exists"),
             (source, "foreign", r"holds files that are not ours \(thesis.tex\); name another")):
         with refused(message, tmp_path):
             prepared(path, tmp_path / out_dir)
+
+
+def test_files_that_come_while_preparing_stay(tmp_path, monkeypatch):
+    source = write_lines(tmp_path / "a.jsonl", colour_records(3))
+    prepared(source, tmp_path / "data")
+    publish = prepare_data.publish
+    def late(work, out_dir):
+        (out_dir / "thesis.tex").write_text("years of work")
+        publish(work, out_dir)
+    monkeypatch.setattr(prepare_data, "publish", late)
+    prepared(source, tmp_path / "data", block_size=200)
+    assert (tmp_path / "data" / "thesis.tex").read_text() == "years of work"
+    assert load_meta(tmp_path / "data")["block_size"] == 200
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "data"]
 
 
 # ---- shards and meta.json -------------------------------------------------------------------------------------------
@@ -447,10 +464,21 @@ CHECKPOINTS = [
           ("no weights", {}), ("another shape", lambda model: {**model, "wte.weight": torch.ones(2, 2)}),
           ("another layer", lambda model: {**model, "h.9.ln_1.weight": torch.ones(2)}))),
     *((f"an optimizer of {what}", state(optimizer=change), r"ckpt.pt is damaged \(its states do not fit its" + ANEW)
-      for what, change in (("nothing", {}), ("other groups", lambda old: {**old, "param_groups": []}), (
+      for what, change in (("nothing", {}), (
           "numbers", lambda old: {**old, "state": {0: 3}}), ("no moments", lambda old: {**old, "state": {0: {}}}), (
           "other shapes", lambda old: {**old, "state": {0: {**old["state"][0], "exp_avg": torch.ones(3)}}}))),
+    *((f"a damaged {what} {n}", state(**{what: change}), rf"ckpt.pt is damaged \({what}\)" + ANEW)
+      for n, (what, change) in enumerate((
+          ("dtype", "text"), ("base", {}), ("base", {"name": 3}), ("step", -1), *(
+              ("config", lambda old, change=change: {**old, **change})
+              for change in ({"batch_size": "text"}, {"max_minutes": {}}, {"epochs": None})), *(
+              ("model_config", lambda old, change=change: {**old, **change})
+              for change in ({"n_head": "4"}, {"n_head": 0}, {"n_layer": -1}, {"dropout": "text"}))))),
+    ("a seed out of range", state(config=lambda old: {**old, "seed": 10**15}), "--seed: 1000000000000000 is no number"),
     ("missing", gone("ckpt.pt"), "--resume: .*ckpt.pt is not there; name the run's --out_dir"),
+    ("the log of another kind", put("log.csv", "step;loss\n1;2\n"), "log.csv is not as train.py wrote it: put it back"),
+    ("the log of letters", put("log.csv", "step,epoch\nx,1\n"), "log.csv is not as train.py wrote it: put it back"),
+    ("the log in bytes", put("log.csv", b"step\n\xff\xfe\n"), "log.csv is not as train.py wrote it: put it back"),
 ]
 
 
@@ -719,7 +747,7 @@ SAMPLES = [
     ("--prompt deep", TWO, dict(prompt="[" * 100_000),
      "--prompt: this model reads the columns title, text; give a JSON"),
     ("--prompt null", TWO, dict(prompt='{"title": "a", "text": null}'), "'text' must be text, not null"),
-    ("--prompt lacks one", TWO, dict(prompt='{"title": "a"}'), "--prompt_format names {text}; the columns are title"),
+    ("--prompt lacks one", TWO, dict(prompt='{"title": "a"}'), "--prompt: this model reads the columns title, text"),
     ("--model nowhere", NO_CHANGE, dict(model="no/where"), "no model 'no/where': expected gpt2"),
     ("--model a text", put("a.txt", "x"), dict(model="model/a.txt"), "no model 'model/a.txt': expected gpt2"),
     ("--adapter a model", NO_CHANGE, dict(adapter="model"), "--adapter: model holds no adapter; name it with --model"),

@@ -213,7 +213,7 @@ def test_adapters_answer_side_by_side_over_one_base_and_export_as_plain_weights(
 def test_wrong_use_of_lora_gets_one_line(fit, tmp_path):
     fit("done")
     for flags, message in ((dict(init_from="scratch"), "--lora_rank needs weights to adapt"),
-                           (dict(lora_targets="q_proj"), "--lora_targets=q_proj names no layer"),
+                           (dict(lora_targets="q_proj"), "--lora_targets: .q_proj. names no layer"),
                            (dict(init_from=str(tmp_path / "done")), "is itself a LoRA adapter: make it plain weights")):
         with pytest.raises(UserError, match=message):
             fit("new", **flags)
@@ -230,4 +230,4 @@ def test_bits_per_byte_are_what_a_uniform_guess_costs(fit, tmp_path):
     assert f"{math.log2(257):.3f} bits per byte" in forgetting.measure(model, 0)  # 200 bytes in 4 blocks, each once
     fit("run", forget_text=str(tmp_path / "text.txt"))
     rows = watch.read_rows(tmp_path / "run" / "forget.csv")
-    assert [row["step"] for row in rows] == ["0", "3", "6"] and len({row["bits_per_byte"] for row in rows}) == 3
+    assert [row["step"] for row in rows] == [0, 3, 6] and len({row["bits_per_byte"] for row in rows}) == 3

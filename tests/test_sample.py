@@ -178,9 +178,11 @@ def test_wrong_use_gets_one_line(tmp_path, monkeypatch):
              (dict(model="no/such"), "no model 'no/such'"),
              (dict(model=chat, prompt="x" * 600), "the prompt has 617 tokens, the context 512"),
              (dict(model=two, prompt="x"), '''the columns title, abstract; give a JSON object, '{"title": "..."'''),
-             (dict(model=two, prompt='{"title": "x"}'), "--prompt_format names {abstract}; the columns are title"),
+             (dict(model=two, prompt='{"title": "x"}'), "--prompt: this model reads the columns title, abstract"),
              (dict(model=two, system="x", prompt="x"), "--system: only the chat template"),
              (dict(model=chat, file="nowhere.jsonl"), "--file: nowhere.jsonl is not there"),
+             (dict(model=chat, file="bad.jsonl", output="chat"), "--output=chat is a directory; name a file"),
+             (dict(model=two, export=chat), "chat holds a model already; name another directory"),
              (dict(model=chat, file="bad.jsonl"), "bad.jsonl, line 2: 'instruction' must be text, not null"),
              (dict(model=chat, data_dir="nowhere"), "--data_dir: no prepared data in nowhere")]
     for flags, message in cases:
@@ -189,6 +191,34 @@ def test_wrong_use_gets_one_line(tmp_path, monkeypatch):
         assert message in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match="--temperature: -1 is neither 0 nor.*--top_p: 0 is not in"):
         SampleConfig(temperature=-1, top_p=0)
+
+
+@pytest.mark.parametrize("turns, kept", [("one", False), ("several", True), (None, True)])
+def test_a_chat_keeps_its_turns_if_the_model_learned_several(turns, kept, tmp_path, heard, monkeypatch, capsys):
+    model = saved(tmp_path, {**SPECS["chat"], **({"turns": turns} if turns else {})})
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\n"))
+    heard.say(b"one", b"two")
+    sample.main(SampleConfig(model=model, device="cpu"))
+    assert (b"first" in bytes(token for token in heard[1] if token < 256)) == kept
+    assert ("each answered by itself" in capsys.readouterr().out) != kept
+
+
+def test_other_answers_than_the_labels_are_told_of(capsys):
+    score.confusion([("a", "a"), ("b", "a"), ("c", "a")], ["a", "b"])
+    assert "1 of 3 records have another answer than these labels: they count as wrong" in capsys.readouterr().out
+
+
+def test_formats_with_emoji_are_exported_as_they_are():
+    spec = {"template": "alpaca", "prompt_format": "🙂\n{q} ->", "response_format": " {a}"}
+    rendered = transformers.utils.chat_template_utils.render_jinja_template(
+        [[{"role": "user", "content": "why?"}]], chat_template=sample.chat_template(spec))[0][0]
+    assert rendered == "🙂\nwhy? ->"
+
+
+def test_a_tiny_top_p_still_draws_the_likeliest():
+    from model import draw
+    logits, generator = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)), torch.Generator()
+    assert torch.equal(draw(logits, 1.0, 0, 1e-50, generator), logits.argmax(-1))
 
 
 def test_a_model_with_fewer_ids_than_its_encoding_is_refused(tmp_path, gpt2_encoding):
@@ -297,6 +327,11 @@ def test_the_recovered_merges_are_openais(gpt2_encoding):
 
 
 def test_labels_are_scored_as_the_answers_spell_them():
-    config = SampleConfig(labels="pos, neg,new")
-    assert sample.label_set([" pos", None, " neg", " pos"], config, {"response_format": ""}) == [" pos", " neg", "new"]
-    assert sample.label_set([], config, {"response_format": " {label}"}) == [" pos", " neg", " new"]
+    voice = sample.Voice("", tiny(), get_encoding("bytes"), {"response_format": ""})
+    given = "pos, neg,new"
+    assert score.label_set([" pos", None, " neg", " pos"], given, voice) == [" pos", " neg", "new"]
+    voice.spec["response_format"] = " {label}"
+    assert score.label_set([], given, voice) == [" pos", " neg", " new"]
+    assert score.label_set(["a" * 64, "b"] * 9, "", voice) == []  # no room for one and its stop
+    with pytest.raises(UserError, match="--labels: one has 65 tokens, more than the context: give short ones"):
+        score.label_set([], "b," + "a" * 64, voice)

@@ -415,7 +415,8 @@ def test_damaged_files_are_refused(fit, data, tmp_path, prepare):
     (["--learning-rat=1"], "unknown flag '--learning_rat': did you mean --learning_rate?"),
     (["--epochs=many"], "--epochs: invalid float value: 'many'"),
     (["--resume=maybe"], "'maybe' is neither true nor false"),
-    (["config.py"], "unknown argument 'config.py'"), (["--batch_size=0"], "--batch_size: 0 is below 1"),
+    (["config.py"], "unknown argument 'config.py': did you mean --data_dir=config.py?"),
+    (["--batch_size=0"], "--batch_size: 0 is below 1"),
     (["--dropout=1.5", "--lr_schedule=step"], "--dropout: 1.5 is not in [0, 1); --lr_schedule: 'step' is none of")])
 def test_misused_flags_end_in_one_line_and_exit_code_2(words, message):
     done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
@@ -439,7 +440,7 @@ def test_a_bug_of_ours_still_shows_its_traceback(tmp_path):
 
 
 def test_answers_in_training_stop_at_the_context(fit, data):
-    samples = watch.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"))
+    samples = watch.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"), "training")
     model = tiny(block_size=int(max(map(len, samples.prompts))))
     assert samples.answer(model, 5) == [[]] * 5
 
@@ -460,11 +461,11 @@ def test_an_interrupted_run_leaves_weights_and_a_finished_one_says_why_it_ends(f
     assert GPT.from_pretrained(tmp_path / "out").config.n_embd == 32
     assert fit(resume=True)["step"] == 6
     assert fit(resume=True, epochs=50)["step"] == 6
-    assert "nothing to do: the run had reached its --max_steps" in capsys.readouterr().out
+    assert "nothing to do: the run had reached its --epochs" in capsys.readouterr().out
 
 
 def test_numbers_that_are_none_are_refused():
-    with pytest.raises(UserError, match="--epochs: nan is no number; --learning_rate: inf is no number"):
+    with pytest.raises(UserError, match="--epochs: nan is no number below 2.31; --learning_rate: inf is no"):
         TrainConfig(epochs=math.nan, learning_rate=math.inf)
     with pytest.raises(UserError, match="--seed: -1 is below 0; --overwrite"):
         TrainConfig(seed=-1, overwrite=True, resume=True)
@@ -536,12 +537,50 @@ def test_the_hardest_examples_are_those_with_wrong_labels(fit, prepare, tmp_path
         found = list(csv.DictReader(file))
     assert len(found) == 83 and all("cat?" in row["text"] and "woof" in row["text"] for row in found[:3])
     out = capsys.readouterr().out
-    assert "the hardest training examples (all 83 by loss in" in out and "81 cat? assistant woof" in out
+    assert "the hardest training examples (all 83 by loss in" in out and "81 cat? -> woof<|endoftext|>" in out
     shards, model = Shards(own, load_meta(own), "train"), GPT.from_pretrained(tmp_path / "out" / "last")
     idx, targets, lengths = shards.batch([int(found[0]["example"])])
     with torch.no_grad():
         mean = model(idx, targets, lengths).item() / int((targets != IGNORE).sum())
     assert float(found[0]["loss"]) == pytest.approx(mean, rel=1e-4)
+
+
+def test_two_runs_never_write_into_one_directory(fit, data, tmp_path, monkeypatch):
+    code = ("import sys, train; train.plot = lambda out_dir: (print('planned', flush=True), sys.stdin.read())\n"
+            "train.main(train.TrainConfig(data_dir=sys.argv[1], out_dir=sys.argv[2], n_layer=1, n_head=1, n_embd=8, "
+            "device='cpu', compile='off', max_steps=2, eval_interval=1, save_interval=1, hardest=0))")
+    first = subprocess.Popen([sys.executable, "-c", code, str(data), str(tmp_path / "out")], cwd=ROOT, text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    while "planned" not in first.stdout.readline():
+        pass
+    for flags in dict(overwrite=True), dict(resume=True):
+        with pytest.raises(UserError, match="another run writes there; name another, or wait for it"):
+            fit(**flags) if "overwrite" in flags else train.main(TrainConfig(
+                data_dir=str(data), out_dir=str(tmp_path / "out"), resume=True, device="cpu"))
+    first.communicate("")
+    assert first.returncode == 0 and len((tmp_path / "out" / "log.csv").read_text().splitlines()) == 3
+
+
+def test_overwrite_never_clears_the_weights_that_a_run_begins_with(fit, tmp_path):
+    fit()
+    for init_from in (tmp_path / "out", tmp_path / "out" / "best"):
+        with pytest.raises(UserError, match="lies in --out_dir=.*which --overwrite clears: name another --out_dir"):
+            fit(init_from=str(init_from), overwrite=True)
+    assert (tmp_path / "out" / "best" / "model.safetensors").exists()
+
+
+def test_a_resumed_run_still_knows_what_came_before(fit, capsys):
+    fit()
+    before = [line for line in capsys.readouterr().out.splitlines() if line.startswith("      before: ")]
+    fit(resume=True, max_steps=8)
+    resumed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("      before: ")]
+    assert resumed == before and len(before) == 3
+
+
+def test_the_lines_that_many_texts_share_are_the_templates():
+    texts = [f"Below is a task.\n\n### Do:\nname {i}\n### Say:\n{i}<|endoftext|>" for i in range(20)]
+    assert watch.without_template(texts)[:2] == ["name 0 0", "name 1 1"]
+    assert watch.without_template(["one\ntext"]) == ["one text"]
 
 
 def test_before_and_after_stand_side_by_side(fit, capsys):
