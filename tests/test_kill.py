@@ -451,7 +451,7 @@ def test_an_overwritten_run_leaves_nothing_behind(tmp_path, command):
     (tmp_path / "out" / "notes.txt").write_text("the user's own")
     command(**flags, max_steps=3)
     assert steps(tmp_path / "out") == [1, 2, 3] and not leftovers(tmp_path / "out")
-    assert [row["step"] for row in watch.read_rows(tmp_path / "out" / "forget.csv")] == ["0", "3"]
+    assert [row["step"] for row in watch.read_rows(tmp_path / "out" / "forget.csv")] == [0, 3]
     assert (tmp_path / "out" / "notes.txt").exists()
 
 

@@ -445,7 +445,7 @@ def test_weights_are_downloaded_once_into_the_usual_cache(hub, monkeypatch, tmp_
 @pytest.mark.parametrize("fault", ["cut", "corrupt", "gone"])
 def test_a_broken_download_leaves_nothing_and_says_what_to_do(hub, fault, monkeypatch):
     hub.fault = fault
-    with pytest.raises(UserError, match="download of gpt2 failed.*try again.*--init_from"):
+    with pytest.raises(UserError, match="download of gpt2 failed.*try again, or name the path of a copy"):
         load_small_gpt2(monkeypatch)
     assert not [path for path in hub.cache.rglob("*") if path.is_file()]
     hub.fault = ""
@@ -600,7 +600,7 @@ def test_a_computed_weight_and_frozen_positions_take_the_plain_way():
         computed = layer.weight * scale
         expected = torch.addmm(layer.bias.bfloat16(), x, computed.bfloat16().t())
         with torch.no_grad():
-            assert torch.allclose(cpu.linear(x, computed, layer.bias, kept), expected, atol=1e-2)
+            assert torch.allclose(cpu.linear(x, computed, layer.bias, kept), expected, rtol=2e-2, atol=1e-2)  # the bias is rounded in by itself
         cpu.linear(x, computed, layer.bias, kept).sum().backward()
     model, (idx, targets) = tiny(), packed_batch()
     plain = copy.deepcopy(model)
