@@ -35,6 +35,7 @@ def load_checkpoint(path, config_class):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format_version"]
+        checkpoint.setdefault("before", [])  # an early one has none
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise UserError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
     if version != FORMAT_VERSION:

@@ -107,8 +107,8 @@ def run(main, config_class):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if "not enough memory" not in str(error) and "allocate memory" not in str(error):  # torch's, on a CPU
-            raise
+        if type(error) is not MemoryError and not re.search("allocate memory|(not enough|out of) memory", str(error)):
+            raise  # torch has several ways to say it
         print("error: there is not enough memory: take a smaller model, --lora_rank or a smaller micro-batch",
               file=sys.stderr)
         sys.exit(1)

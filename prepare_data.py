@@ -29,7 +29,7 @@ import numpy as np
 import tiktoken
 
 from config import UserError, require, run, status
-from records import UNREADABLE, fetch, fill, open_text, read_records, sha256_of, to_messages
+from records import UNREADABLE, fetch, fill, open_text, read_records, sha256_of, to_messages, whole
 
 FORMAT_VERSION = 1
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
@@ -283,7 +283,7 @@ def encode_document(path, config, encoding, pool):
     eot = [[encoding.eot_token]]
     with open_text(path, newline=None) as file:
         for split, part in (("train", length - val - test), ("val", val), ("test", test)):
-            pieces = document_pieces(file, part)
+            pieces = (whole(piece, path.name) for piece in document_pieces(file, part))
             if part and split == "test":
                 yield split, {"text": "".join(pieces)}, []
             elif part:

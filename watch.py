@@ -114,7 +114,7 @@ class Log:
             share = work / row["seconds"] / self.rate
             status(f"step {step:,}/{plan.total:,}  {left // 60:.0f}:{left % 60:02.0f} left  "
                    f"loss {row['train_loss']:.4f}  lr {row['learning_rate']:.1e}  norm {row['grad_norm']:.2f}  "
-                   f"{row['tokens'] / row['seconds']:,.0f} tokens/s ({share:.0%} of matmul's)"
+                   f"{row['tokens'] / row['seconds']:,.0f} tokens/s ({share:.0%} of matmul peak)"
                    + f"  ({self.skipped} skipped: not finite)" * bool(self.skipped), end=not sys.stdout.isatty())
 
     def write(self, sync):

@@ -156,6 +156,9 @@ RECORDS = [
     ("number.json", "3", "^number.json, line 1: a record is an object with named fields, not 3$"),
     ("null.jsonl", ONE + "null", "line 2: a record is an object with named fields, not null"),
     ("string.json", '["text"]', '^string.json, record 1: a record is an object with named fields, not "text"$'),
+    *((f"white.{kind}", text, "white.*: 100,000 characters of white space in a row are too many for the tokenizer")
+      for kind, text in (("txt", "a" + " \n" * 100_000 + "b"),
+                         ("jsonl", json.dumps({"prompt": "a" + " " * 200_000, "completion": "b"})))),
     ("lists.jsonl", "[" * 500 + "]" * 500,
      r"a record is an object with named fields, not \[{40}; name a file that is one list .json$"),
     ("margin.jsonl", '{"text": ' + "[" * 850 + "]" * 850 + "}", r"line 1: 'text' must be text, not \[{40}$"),

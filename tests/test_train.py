@@ -432,6 +432,16 @@ def test_flags_are_read_in_every_spelling():
     assert config.given == {"max_steps", "resume", "dropout", "overwrite", "out_dir"}
 
 
+@pytest.mark.parametrize("what", ["--n_layer=1 --n_embd=2000000000 --n_head=1", "<&- >&-"])
+def test_too_little_memory_and_closed_streams_end_without_a_traceback(what, data, tmp_path):
+    out_dir = tmp_path / "out"
+    command = f"{sys.executable} train.py --data_dir={data} --out_dir={out_dir} --n_layer=1 --n_embd=8 --n_head=1"
+    done = subprocess.run(f"{command} --max_steps=1 --device=cpu {what}", shell=True, cwd=ROOT, capture_output=True,
+                          text=True)
+    expected = "error: there is not enough memory: take a smaller model, --lora_rank or a smaller micro-batch\n"
+    assert done.stderr == (expected if "n_embd" in what else "")
+
+
 def test_a_bug_of_ours_still_shows_its_traceback(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv.pop()); import config, train\n"
             "def main(config): config.no_such_name\nconfig.run(main, train.TrainConfig)")
