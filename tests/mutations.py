@@ -73,7 +73,9 @@ MUTATIONS = {
     "an update of NaN": ('''~(norm + loss).isfinite()''', '''torch.tensor(False)'''),
     "resume repeats a step": ('''save_checkpoint(out_dir / "ckpt.pt", step=step,''',
                               '''save_checkpoint(out_dir / "ckpt.pt", step=step - 1,'''),
-    "resume forgets the optimizer": ('''optimizer.load_state_dict(checkpoint["optimizer"])''', '''pass'''),
+    "resume forgets the optimizer": ('''{"state": checkpoint["optimizer"]["state"],''', '''{"state": {},'''),
+    "two runs in one directory": ('''            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)''', '''            pass'''),
+    "an adapter over any base": ('''locate(base or base_of(path))''', '''locate(base_of(path))'''),
     "dropout differs after resume": ('''torch.manual_seed((config.seed * 1_000_003 + step) * 1009 + rank)''', '''pass'''),
     "best overwritten by worse": ('''better = val_loss < best_val_loss''', '''better = not val_loss == 4.0'''),
     "biases decay": ('''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}''',
@@ -85,7 +87,7 @@ MUTATIONS = {
     "a bug hidden from its owner": ('''except (UserError, OSError) as error:''', '''except Exception as error:'''),
 }
 
-TESTS = {"prepare_data.py": ["prepare_data"], "records.py": ["prepare_data"], "sample.py": ["sample"],
+TESTS = {"prepare_data.py": ["prepare_data"], "records.py": ["prepare_data"], "sample.py": ["sample", "lora"],
          "score.py": ["sample"], "checkpoint.py": ["train"],
          "config.py": ["train"], "dataset.py": ["train"], "train.py": ["train"], "watch.py": ["train"],
          "model.py": ["model", "lora", "train"], "cpu.py": ["model", "lora", "train"], "weights.py": ["model", "lora"]}
