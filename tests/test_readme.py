@@ -75,6 +75,16 @@ def test_every_command_of_the_readme_runs_and_leaves_what_it_promises(tmp_path, 
         assert [row["step"] for row in csv.DictReader(file)] == ["1", "2"]
 
 
+def test_the_benchmark_gives_its_rows(prepare, tmp_path):
+    tiny(n_embd=64, block_size=1024).save_pretrained(tmp_path / "weights")
+    prepare(colour_records(60), val_fraction=0, test_fraction=0).rename(tmp_path / "data")
+    for name in ("full", "lora"):
+        done = subprocess.run([sys.executable, ROOT / "tests" / "bench.py", name, "--steps=4",
+                               f"--directory={tmp_path}"], capture_output=True, text=True, check=True)
+        assert re.search(rf"^ROW {name} [\d.]+ s/step peak RSS [\d.]+ GB$", done.stdout, re.M)
+        assert len((tmp_path / name / "log.csv").read_text().splitlines()) == 5
+
+
 def test_every_flag_in_the_readme_exists():
     blocks, inline = commands()
     for _, script, *words in [one for one in inline if one[1] in SCRIPTS]:
