@@ -3,7 +3,7 @@ import dataclasses
 
 import torch
 
-from config import UserError
+from console import UserError
 from model import GPTConfig
 from weights import atomic_file
 

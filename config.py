@@ -1,6 +1,5 @@
-"""Command-line flags from a dataclass, errors in one line, and the progress line: shared by the scripts.
-
-A field's line is its flag, type, default and help; a comment line above fields names their group in --help:
+"""Command-line flags from a dataclass. A field's line is its flag, type, default and help; a comment line above fields
+names their group in --help:
 
     # optimizer
     learning_rate: float = 2e-5  # peak learning rate
@@ -11,30 +10,10 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import os
 import re
-import shutil
 import sys
 
-
-class UserError(ValueError):
-    """A mistake of the user's: one line that names the flag, file or line, the value and the remedy."""
-
-    def __init__(self, message):
-        if len(message) > 1000:  # a long value hides no remedy
-            message = f"{message[:500]} ... {message[-400:]}"
-        super().__init__("".join(char if char.isprintable() else " " for char in message))
-
-
-def refuse(message):
-    raise UserError(message)
-
-
-def require(**problems):
-    """UserError that lists every flag given here whose message is not empty: `require(epochs=epochs < 0 and "…")`."""
-    found = [f"--{name}: {message}" for name, message in problems.items() if message]
-    if found:
-        raise UserError("; ".join(found))
+from console import refuse, terminal_width
 
 
 def parse_bool(text):
@@ -73,42 +52,3 @@ def parse_config(config_class, argv=None):
     config = config_class(**vars(flags))
     object.__setattr__(config, "given", frozenset(vars(flags)))  # the flags that were set
     return config
-
-
-def terminal_width():
-    return shutil.get_terminal_size((120, 24)).columns
-
-
-def status(line, end=False):
-    """One progress line that is drawn over in a terminal; in a log file only the last one (`end`) is printed."""
-    if sys.stdout.isatty():
-        print(f"\r{line[:terminal_width() - 1]}\033[K", end="\n" if end else "", flush=True)
-    elif end:
-        print(line, flush=True)
-
-
-def run(main, config_class):
-    """`main` with the command line's config; a user's mistake ends in one line on stderr and exit code 1 or 2."""
-    sys.stdin, sys.stdout, sys.stderr = (stream or open(os.devnull, mode) for stream, mode in (
-        (sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))  # where the caller has closed one
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console that cannot show a character shows '?'
-    try:
-        config = parse_config(config_class)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(config)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (UserError, OSError) as error:
-        status("")
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except (MemoryError, RuntimeError) as error:
-        if type(error) is not MemoryError and not re.search("allocate memory|(not enough|out of) memory", str(error)):
-            raise  # torch has several ways to say it
-        print("error: there is not enough memory: take a smaller model, --lora_rank or a smaller micro-batch",
-              file=sys.stderr)
-        sys.exit(1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError
+from console import UserError
 from model import IGNORE
 from prepare_data import FORMAT_VERSION, START, SUPERVISED, get_encoding
 

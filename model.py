@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
+from console import UserError
 from cpu import Kept, Linear, embed, linear
 from weights import base_of, locate, read_adapter, read_gpt2, write_adapter, write_gpt2
 

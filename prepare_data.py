@@ -28,7 +28,8 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from config import UserError, require, run, status
+from config import parse_config
+from console import UserError, require, run, status
 from records import UNREADABLE, fetch, fill, open_text, read_records, sha256_of, to_messages, whole
 
 FORMAT_VERSION = 1
@@ -412,12 +413,9 @@ def publish(work, out_dir):
         out_dir.rename(old)
     work.rename(out_dir)
     for path in old.glob("*"):
-        if OURS.fullmatch(path.name):
-            path.unlink()
-        else:
+        if not OURS.fullmatch(path.name):
             path.rename(out_dir / path.name)
-    if old.exists():
-        old.rmdir()
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main(config):
@@ -468,4 +466,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, PrepareConfig)
+    run(main, parse_config, PrepareConfig)

@@ -11,7 +11,7 @@ import zlib
 from itertools import islice
 from pathlib import Path
 
-from config import UserError, status
+from console import UserError, status
 
 UNREADABLE = (ValueError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and response_format

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from config import UserError, require, run, status
+from config import parse_config
+from console import UserError, require, run, status
 from cpu import keep_freed_memory
 from dataset import load_meta
 from model import GPT
@@ -376,4 +377,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, SampleConfig)
+    run(main, parse_config, SampleConfig)

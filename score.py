@@ -1,7 +1,7 @@
 """What answers are worth: exact matches, likeliest labels with their confidence interval, a confusion matrix."""
 from collections import Counter
 
-from config import UserError, status
+from console import UserError, status
 from records import NAME, fill
 
 

@@ -36,7 +36,8 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import DTYPES, load_checkpoint, restore, save_checkpoint, trainable
-from config import UserError, require, run, status
+from config import parse_config
+from console import UserError, require, run, status
 from cpu import SlicedAdamW, keep_freed_memory
 from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
 from model import GPT, IGNORE, GPTConfig, optimizer_groups
@@ -633,4 +634,4 @@ def train(config, device, claims):
 
 
 if __name__ == "__main__":
-    run(main, TrainConfig)
+    run(main, parse_config, TrainConfig)

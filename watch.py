@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from config import UserError, status
+from console import UserError, status
 from prepare_data import SUPERVISED, blocks
 from weights import atomic_file, opened
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from console import UserError
 
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 NUMBERS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # of GPTConfig

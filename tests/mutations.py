@@ -89,7 +89,7 @@ MUTATIONS = {
 
 TESTS = {"prepare_data.py": ["prepare_data"], "records.py": ["prepare_data"], "sample.py": ["sample", "lora"],
          "score.py": ["sample"], "checkpoint.py": ["train"],
-         "config.py": ["train"], "dataset.py": ["train"], "train.py": ["train"], "watch.py": ["train"],
+         "config.py": ["train"], "console.py": ["train"], "dataset.py": ["train"], "train.py": ["train"], "watch.py": ["train"],
          "model.py": ["model", "lora", "train"], "cpu.py": ["model", "lora", "train"], "weights.py": ["model", "lora"]}
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 import prepare_data
 import sample
 import train
-from config import UserError
+from console import UserError
 from dataset import Shards, load_meta
 from model import GPT
 from prepare_data import PrepareConfig

@@ -19,11 +19,12 @@ import pytest
 import torch
 from conftest import ROOT, colour_records, tiny, write_lines
 
-import config as config_module
+import console
 import prepare_data
 import train
 import watch
 import weights as weights_module
+from config import parse_config
 from model import GPT
 from train import TrainConfig
 
@@ -218,9 +219,9 @@ SLOW = {"step": "train.update = lambda *args, update=train.update: exists() and 
 @pytest.mark.parametrize("what", SLOW)
 def test_a_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(what, data, tmp_path):
     saved = str(tmp_path / "out" / "ckpt.pt")
-    code = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import config, train\n"
+    code = (f"import os, sys, time; sys.path.insert(0, {str(ROOT)!r}); import config, console, train\n"
             f"exists = lambda: os.path.exists({saved!r}) and not print('slow', flush=True)\n"
-            f"{SLOW[what]}\nconfig.run(train.main, train.TrainConfig)")
+            f"{SLOW[what]}\nconsole.run(train.main, config.parse_config, train.TrainConfig)")
     flags = SMALL | dict(data_dir=data, out_dir=tmp_path / "out", max_steps=5, eval_interval=0)
     job = spawn("-c", code, *words(**flags))
     assert any(line == "slow\n" for line in job.stdout)
@@ -246,7 +247,7 @@ def command(data, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train.py", *words(**given)])
         capsys.readouterr()
         try:
-            config_module.run(train.main, TrainConfig)
+            console.run(train.main, parse_config, TrainConfig)
         except SystemExit as left:
             return left.code, capsys.readouterr().err.splitlines()
         return 0, capsys.readouterr().err.splitlines()
@@ -502,7 +503,7 @@ def test_a_run_broken_off_at_every_step_equals_the_straight_one(kind, data, tmp_
 MEMORY = """
 import os, sys
 sys.path.insert(0, sys.argv.pop(1))
-import config, train
+import config, console, train
 calls, real = 0, train.update
 def counted(*args):
     global calls
@@ -511,7 +512,7 @@ def counted(*args):
         print("resident", int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE"), flush=True)
     return real(*args)
 train.update = counted
-config.run(train.main, train.TrainConfig)
+console.run(train.main, config.parse_config, train.TrainConfig)
 """
 
 

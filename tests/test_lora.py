@@ -14,7 +14,7 @@ from test_train import NO_SCALER, plain_loop, same_weights, stop_after
 import sample
 import train
 import watch
-from config import UserError
+from console import UserError
 from dataset import Shards, load_meta
 from model import GPT, LoraLinear, optimizer_groups
 from prepare_data import get_encoding

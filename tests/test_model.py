@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import cpu
 import model as model_module
 import weights
-from config import UserError
+from console import UserError
 from cpu import Linear, SlicedAdamW
 from model import GPT, IGNORE
 from weights import SIZES, read_safetensors, write_safetensors

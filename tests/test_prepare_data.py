@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from config import UserError
+from console import UserError
 from prepare_data import EOT, START, SUPERVISED, PrepareConfig, encode, get_encoding, render
 from records import to_messages
 

@@ -10,7 +10,7 @@ from conftest import randomise, tiny
 import sample
 import score
 import weights
-from config import UserError
+from console import UserError
 from model import GPT, GPTConfig
 from prepare_data import encode, get_encoding, render
 from records import to_messages

@@ -21,7 +21,8 @@ import prepare_data
 import sample
 import train
 import watch
-from config import UserError, parse_config
+from config import parse_config
+from console import UserError
 from cpu import SlicedAdamW
 from dataset import Shards, examples_of_step, load_meta, micro_batches
 from model import GPT, IGNORE, optimizer_groups
@@ -443,8 +444,8 @@ def test_too_little_memory_and_closed_streams_end_without_a_traceback(what, data
 
 
 def test_a_bug_of_ours_still_shows_its_traceback(tmp_path):
-    code = ("import sys; sys.path.insert(0, sys.argv.pop()); import config, train\n"
-            "def main(config): config.no_such_name\nconfig.run(main, train.TrainConfig)")
+    code = ("import sys; sys.path.insert(0, sys.argv.pop()); import config, console, train\n"
+            "def main(config): config.no_such_name\nconsole.run(main, config.parse_config, train.TrainConfig)")
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" in done.stderr and "no_such_name" in done.stderr
 
