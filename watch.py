@@ -289,4 +289,5 @@ def find_hardest(loss, supervised, shards, encoding, out_dir, count):
     status("")
     print(f"  the hardest training examples (all {len(shards):,} by loss in {out_dir / 'examples.csv'}):")
     for i, prompt, answer in zip(order[:count], without_template(prompts), answers, strict=False):
-        print(f"    {mean[i]:7.3f}  {shorten(f'{prompt} -> ' * bool(prompt) + ' '.join(answer.split()))}")
+        answer = " ".join(answer.replace("<|endoftext|>", " ").split())
+        print(f"    {mean[i]:7.3f}  {shorten(f'{prompt} -> ' * bool(prompt) + answer)}")

@@ -548,7 +548,7 @@ def test_the_hardest_examples_are_those_with_wrong_labels(fit, prepare, tmp_path
         found = list(csv.DictReader(file))
     assert len(found) == 83 and all("cat?" in row["text"] and "woof" in row["text"] for row in found[:3])
     out = capsys.readouterr().out
-    assert "the hardest training examples (all 83 by loss in" in out and "81 cat? -> woof<|endoftext|>" in out
+    assert "the hardest training examples (all 83 by loss in" in out and "81 cat? -> woof\n" in out
     shards, model = Shards(own, load_meta(own), "train"), GPT.from_pretrained(tmp_path / "out" / "last")
     idx, targets, lengths = shards.batch([int(found[0]["example"])])
     with torch.no_grad():
