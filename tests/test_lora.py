@@ -202,7 +202,7 @@ def test_adapters_answer_side_by_side_over_one_base_and_export_as_plain_weights(
     assert sample.main(SampleConfig(adapter=f"{a},{b}", **flags)) == alone and alone[0] != alone[1]
     assert f"{a}: {alone[0]}" in capsys.readouterr().out
     tiny(block_size=128, seed=8).save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match="a was trained on other weights than .*safetensors holds; name those"):
+    with pytest.raises(UserError, match="a.best was trained on other weights than .*safetensors holds; name those"):
         sample.main(SampleConfig(model=str(tmp_path / "other"), adapter=a, **flags))
     voices = sample.load(SampleConfig(adapter=f"{a},{b}", device="cpu", dtype="float32"))
     assert voices[0].model.wte.weight is voices[1].model.wte.weight
