@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
+if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the scripts that they start
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

@@ -107,7 +107,7 @@ def found(name):
         if (ROOT.parent / "shared").exists():
             (Path(work) / "shared").symlink_to(ROOT.parent / "shared")
         tests = [f"tests/test_{test}.py" for test in TESTS[file] + ["processes"] * ("process" in name)]
-        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", *tests, "-k", "not full_size and not large and not xl"
+        done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-n0", *tests, "-k", "not full_size and not large and not xl"
                                " and not compil"], cwd=copy, capture_output=True, text=True)
         lines = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
         return done.returncode == 1, lines[0].split("::")[1].split(" - ")[0] if lines else done.stdout[-300:]
