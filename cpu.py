@@ -46,6 +46,16 @@ class Kept(dict):
 CASTS = Kept()
 
 
+def transposed(x):
+    """x^T; in bfloat16 contiguous, in one room for all: a product takes twice as long over one that is not."""
+    if x.dtype != torch.bfloat16 or x.numel() > 1 << 24:
+        return x.t()
+    room, rows = CASTS.room("transposed", x.t(), x.dtype), max(32, (1 << 16) // x.size(1))
+    for part, columns in zip(x.split(rows), room.split(rows, dim=1), strict=True):
+        columns.copy_(part.t())
+    return room
+
+
 class WrittenLinear(torch.autograd.Function):
     """start + x weight^T in the dtype of x, whose backward writes the weight's gradient straight into kept memory: in
     bfloat16 if x has it, as the matrix product makes it, in the place of the cast weight, which it was the last to
@@ -71,7 +81,7 @@ class WrittenLinear(torch.autograd.Function):
         if not first and x.dtype == weight.dtype:
             weight.grad.addmm_(gradient.t(), x)
             return grad_x, None, grad_start, None
-        torch.mm(gradient.t(), x, out=product)
+        torch.mm(transposed(gradient), x, out=product)
         if first:
             weight.grad_dtype = None  # any
             weight.grad = product if x.dtype != torch.float16 else kept.room("sum", weight, weight.dtype).copy_(product)

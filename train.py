@@ -398,7 +398,9 @@ def update(optimizer, scaler, loss, grad_clip):
     is not finite. Returns the norm. Nothing here waits for an NVIDIA GPU."""
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = torch.nn.utils.get_total_norm([  # a norm of bfloat16 is itself rounded so: of rows, that cancels out
+        torch.linalg.vector_norm(p.grad, dim=-1).float() if p.grad.dtype == torch.bfloat16 else p.grad
+        for p in parameters])
     scale, bad = ((norm + 1e-6) / (grad_clip or math.inf)).clamp(min=1), ~(norm + loss).isfinite()
     if optimizer.defaults["fused"] or isinstance(optimizer, SlicedAdamW):
         optimizer.grad_scale, optimizer.found_inf = scale, bad.float()

@@ -81,6 +81,7 @@ MUTATIONS = {
     "biases decay": ('''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}''',
                      '''{"params": [p for p in parameters if p.dim() < 2], "weight_decay": weight_decay}'''),
     "clipping left out": ('''(grad_clip or math.inf)''', '''math.inf'''),
+    "a norm in bfloat16": ('''torch.linalg.vector_norm(p.grad, dim=-1).float() if p.grad.dtype == torch.bfloat16 else p.grad''', '''p.grad'''),
     "padded vocabulary drawn": ('''[:, :n_vocab]''', ''''''),
     "characters broken while streaming": ('''codecs.getincrementaldecoder("utf-8")(errors="replace"), []''',
                                           '''type("D", (), {"decode": lambda s, b, final=0: b.decode(errors="replace")})(), []'''),

@@ -484,9 +484,12 @@ def test_numbers_that_are_none_are_refused():
 
 # ---- the optimizer, slice by slice ----------------------------------------------------------------------------------
 
-def optimise(kind, gradients_of_step, dtype=torch.float32, half=False, size=(1 << 20) + 5):
-    """The weight after a step for each gradient: longer than a slice, with clipping on."""
-    weight = torch.nn.Parameter(torch.linspace(-1, 1, size, dtype=dtype))
+MATRIX = ((1 << 20) + 5) // 3, 3  # longer than a slice
+
+
+def optimise(kind, gradients_of_step, half=False):
+    """The weight after a step for each gradient, with clipping on."""
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, math.prod(MATRIX)).view(MATRIX))
     optimizer = kind([weight], lr=1e-2, weight_decay=0.1, betas=(0.9, 0.99), fused=True)
     optimizer.half = half
     for gradient in gradients_of_step:
@@ -497,13 +500,23 @@ def optimise(kind, gradients_of_step, dtype=torch.float32, half=False, size=(1 <
 
 
 def test_the_sliced_optimizer_is_torchs_own_where_gradients_rest_in_bfloat16():
-    steps = [torch.randn((1 << 20) + 5, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(5)]
+    steps = [torch.randn(MATRIX, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(5)]
     expected = optimise(torch.optim.AdamW, [gradient.float() for gradient in steps])
-    assert torch.allclose(optimise(SlicedAdamW, steps), expected, atol=1e-4)  # the norm, which clips, is bfloat16's
+    assert torch.allclose(optimise(SlicedAdamW, steps), expected, atol=1e-6)
     assert torch.equal(optimise(SlicedAdamW, [gradient.float() for gradient in steps]), expected)
     half = optimise(SlicedAdamW, steps, half=True)
-    moved, error = expected - torch.linspace(-1, 1, len(expected)), half - expected
+    moved, error = expected - torch.linspace(-1, 1, expected.numel()).view(MATRIX), half - expected
     assert 0 < error.norm() < 0.02 * moved.norm()
+
+
+def test_the_norm_of_a_gradient_in_bfloat16_is_not_rounded_so():
+    weight = torch.nn.Parameter(torch.zeros(768, 768))
+    optimizer = SlicedAdamW([weight], lr=0.0, fused=True)
+    for seed in range(10):
+        weight.grad_dtype = None
+        weight.grad = gradient = torch.randn(768, 768, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        exact = gradient.double().norm().item()
+        assert train.update(optimizer, NO_SCALER, torch.tensor(1.0), 1.0).item() == pytest.approx(exact, rel=2e-4)
 
 
 def test_an_update_clips_as_torch_does_and_skips_what_is_not_finite():
