@@ -25,6 +25,32 @@ def require(**problems):
         raise UserError("; ".join(found))
 
 
+class Output:
+    """stdout or stderr, whose reader may leave (a closed pipe or terminal, a full disk): the rest goes nowhere, and the
+    work goes on."""
+
+    def __init__(self, stream, warnings=None):
+        self.stream, self.warnings = stream, warnings
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *args):
+        try:
+            act(*args)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.warnings:
+                print(f"warning: nobody takes the output any more ({error.strerror}); the work goes on",
+                      file=self.warnings)
+
+
 def terminal_width():
     return shutil.get_terminal_size((120, 24)).columns
 
@@ -44,6 +70,8 @@ def run(main, parse, config_class):
         (sys.stdin, "r"), (sys.stdout, "w"), (sys.stderr, "w")))  # where the caller has closed one
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a console that cannot show a character shows '?'
+    sys.stderr = Output(sys.stderr)
+    sys.stdout = Output(sys.stdout, warnings=sys.stderr)
     try:
         config = parse(config_class)
     except UserError as error:

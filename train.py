@@ -305,18 +305,21 @@ def resumed(config, saved, out_dir):
 
 
 class Interrupt:
-    """Within it SIGINT and SIGTERM only set `signum`, so that the step can end and be saved; a second one kills. Among
-    several processes it does not: torchrun passes on what the terminal has sent to all of them already."""
+    """Within it SIGINT, SIGTERM and a closing terminal's SIGHUP only set `signum`, so that the step can end and be
+    saved; a second one kills, but for SIGHUP, which kernel and shell both send. Nor does it among several processes:
+    torchrun passes on what the terminal has sent to all of them already. What is ignored (nohup) stays so."""
 
     def __enter__(self):
         mine = threading.current_thread() is threading.main_thread()  # no other may set handlers
-        self.signum, numbers = 0, (signal.SIGINT, signal.SIGTERM) if mine else ()
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
+        self.signum, names = 0, ("SIGINT", "SIGTERM", "SIGHUP") if mine else ()
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+        self.before = {number: signal.signal(number, self.handle) for number in numbers
+                       if signal.getsignal(number) != signal.SIG_IGN}
         return self
 
     def handle(self, signum, frame):
         self.signum = signum
-        if place()[1] == 1:
+        if place()[1] == 1 and signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, signal.SIG_DFL)
 
     def __exit__(self, *_):

@@ -195,9 +195,10 @@ def test_a_run_killed_anywhere_again_and_again_equals_one_that_nobody_killed(dat
     assert met["ckpt.pt"] >= KILLS // 5
 
 
-# ---- SIGINT and SIGTERM ---------------------------------------------------------------------------------------------
+# ---- signals, and readers that leave --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+                         ids=["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_the_run_after_its_step_with_the_way_to_go_on(number, code, data, tmp_path):
     flags = SMALL | dict(data_dir=data, max_steps=10**6, eval_interval=0, save_interval=0, log_interval=10**5)
     job = spawn(ROOT / "train.py", *words(**flags), f"--out_dir={tmp_path / 'out'}")
@@ -209,6 +210,36 @@ def test_a_signal_ends_the_run_after_its_step_with_the_way_to_go_on(number, code
     assert out.splitlines()[-1] == (f"stopped after step {step:,} and saved; go on with: python train.py --resume "
                                     f"--out_dir={tmp_path / 'out'}")
     assert steps(tmp_path / "out") == list(range(1, step + 1))  # the last few were not read when the signal came
+
+
+def test_a_closed_terminal_ends_the_run_saved_though_its_hangup_comes_twice_and_its_output_is_gone(data, tmp_path):
+    flags, out_dir = SMALL | dict(data_dir=data, max_steps=10**6, eval_interval=0), tmp_path / "out"
+    terminal, inside = os.openpty()
+    job = subprocess.Popen([sys.executable, ROOT / "train.py", *words(**flags), f"--out_dir={out_dir}"], stdin=inside,
+                           stdout=inside, stderr=inside)
+    os.close(inside)
+    wait_for(lambda: (out_dir / "log.csv").exists() and len(rows(out_dir)) >= 5, job)
+    os.close(terminal)  # whoever writes there now gets EIO
+    for _ in range(2):
+        job.send_signal(signal.SIGHUP)
+        time.sleep(0.01)
+    assert job.wait(timeout=30) == 129
+    assert steps(out_dir) == list(range(1, checkpoint(out_dir)["step"] + 1)) and (out_dir / "last").is_dir()
+
+
+def test_a_reader_that_leaves_ends_nothing(data, tmp_path):
+    command = " ".join([sys.executable, "train.py", *words(**SMALL | dict(data_dir=data, max_steps=30, log_interval=1)),
+                        f"--out_dir={tmp_path / 'out'} | head -n 1; exit ${{PIPESTATUS[0]}}"])
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and checkpoint(tmp_path / "out")["step"] == 30
+    assert done.stderr == "warning: nobody takes the output any more (Broken pipe); the work goes on\n"
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with train.Interrupt():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGHUP, before)
 
 
 SLOW = {"step": "train.update = lambda *args, update=train.update: exists() and time.sleep(60) or update(*args)",
