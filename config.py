@@ -15,6 +15,14 @@ import sys
 
 from console import refuse, terminal_width
 
+# what nanoGPT, transformers, TRL and PEFT call our flags
+ELSEWHERE = dict(
+    lr="learning_rate", max_iters="max_steps", warmup_iters="warmup_steps", decay_lr="lr_schedule", dataset="data_dir",
+    start="prompt", out_dir="model", num_train_epochs="epochs", num_epochs="epochs", lr_scheduler_type="lr_schedule",
+    per_device_train_batch_size="batch_size", gradient_accumulation_steps="batch_size", max_grad_norm="grad_clip",
+    output_dir="out_dir", model_name_or_path="init_from", max_length="block_size", lora_r="lora_rank",
+    target_modules="lora_targets")
+
 
 def parse_bool(text):
     """'true', 'yes', 'on', '1' or 'false', 'no', 'off', '0', in any case, as a bool."""
@@ -46,6 +54,7 @@ def parse_config(config_class, argv=None):
         [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in words])
     for name in (word.split("=")[0] for word in unknown):
         close = difflib.get_close_matches(name.lstrip("-"), fields, n=1) if name.startswith("-") else []
+        close = [ours] if (ours := ELSEWHERE.get(name.lstrip("-"))) in fields else close
         refuse(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}: " + (
             f"did you mean --{close[0]}?" if close else "--help lists the flags" if name.startswith("-") else
             f"did you mean --{next(iter(fields))}={name}?"))

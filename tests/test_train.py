@@ -21,7 +21,7 @@ import prepare_data
 import sample
 import train
 import watch
-from config import parse_config
+from config import ELSEWHERE, parse_config
 from console import UserError
 from cpu import SlicedAdamW
 from dataset import Shards, examples_of_step, load_meta, micro_batches
@@ -423,6 +423,19 @@ def test_misused_flags_end_in_one_line_and_exit_code_2(words, message):
     done = subprocess.run([sys.executable, ROOT / "train.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+
+
+def test_what_others_call_a_flag_is_a_flag_of_ours():
+    scripts = TrainConfig, prepare_data.PrepareConfig, sample.SampleConfig
+    fields = [set(kind.__dataclass_fields__) for kind in scripts]
+    for name, ours in ELSEWHERE.items():
+        assert any(ours in flags and name not in flags for flags in fields), name
+    for kind, word, message in ((TrainConfig, "--max-iters=5", "'--max_iters': did you mean --max_steps"),
+                                (TrainConfig, "--lr", "'--lr': did you mean --learning_rate"),
+                                (TrainConfig, "--start=x", "'--start': --help lists the flags"),
+                                (sample.SampleConfig, "--out_dir=x", "'--out_dir': did you mean --model")):
+        with pytest.raises(UserError, match=message):
+            parse_config(kind, [word])
 
 
 def test_flags_are_read_in_every_spelling():
