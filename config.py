@@ -16,12 +16,10 @@ import sys
 from console import refuse, terminal_width
 
 # what nanoGPT, transformers, TRL and PEFT call our flags
-ELSEWHERE = dict(
-    lr="learning_rate", max_iters="max_steps", warmup_iters="warmup_steps", decay_lr="lr_schedule", dataset="data_dir",
-    start="prompt", out_dir="model", num_train_epochs="epochs", num_epochs="epochs", lr_scheduler_type="lr_schedule",
-    per_device_train_batch_size="batch_size", gradient_accumulation_steps="batch_size", max_grad_norm="grad_clip",
-    output_dir="out_dir", model_name_or_path="init_from", max_length="block_size", lora_r="lora_rank",
-    target_modules="lora_targets")
+ELSEWHERE = dict(lr="learning_rate", max_iters="max_steps", warmup_iters="warmup_steps", dataset="data_dir",
+                 start="prompt", out_dir="model", num_epochs="epochs", num_train_epochs="epochs", lora_r="lora_rank",
+                 gradient_accumulation_steps="batch_size", per_device_train_batch_size="batch_size",
+                 max_grad_norm="grad_clip", lr_scheduler_type="lr_schedule", output_dir="out_dir")
 
 
 def parse_bool(text):

@@ -200,11 +200,6 @@ def fingerprints(segments, seed):
     return share, hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
 
 
-def split_of(share, val_fraction, test_fraction):
-    """The split that a share in [0, 1) falls in."""
-    return "test" if share < test_fraction else "val" if share < test_fraction + val_fraction else "train"
-
-
 def document_pieces(file, length):
     """The next `length` characters of a text file in pieces of about a million, cut between a word and a newline before
     another word: no token of GPT-2's spans that place."""
@@ -340,8 +335,9 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                 continue
             seen.add(digest)
             report[f"truncated to --block_size={config.block_size}"] += long and not is_text
-            yield (split_of(share, config.val_fraction, config.test_fraction), record,
-                   blocks([ids], config.block_size) if is_text else [(ids, flags)])
+            held_out = "test" if share < config.test_fraction else "val"
+            split = held_out if share < config.test_fraction + config.val_fraction else "train"
+            yield split, record, blocks([ids], config.block_size) if is_text else [(ids, flags)]
 
 
 def write_shards(parts, work, config, encoding, report):
