@@ -632,7 +632,7 @@ def train(config, device, claims):
         if losses and rank == 0:
             find_hardest(*losses, shards, encoding, out_dir, config.hardest)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
-          + f"best validation loss {best_val_loss:.4f}; " * bool(len(val))
+          + f"best validation loss {best_val_loss:.4f}; " * math.isfinite(best_val_loss)
           + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))
     return {"step": step, "train_loss": float(loss), "val_loss": val_loss, "best_val_loss": best_val_loss, "crc": crc,
             "seconds": elapsed}

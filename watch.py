@@ -132,8 +132,12 @@ class Log:
         for row in rows if self.trackers else ():
             numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "lr": row["learning_rate"],
                        "grad_norm": row["grad_norm"], "tokens_per_second": row["tokens"] / row["seconds"]}
-            for track in self.trackers:
-                track({name: value for name, value in numbers.items() if value != ""}, row["step"])
+            for track in self.trackers[:]:
+                try:
+                    track({name: value for name, value in numbers.items() if value != ""}, row["step"])
+                except Exception as error:  # whatever it is, the run is worth more
+                    self.trackers.remove(track)
+                    print(f"\nwarning: --wandb or --tensorboard failed and is left out from here on ({error})")
 
 
 def trackers(config, out_dir):

@@ -627,7 +627,7 @@ def test_before_and_after_stand_side_by_side(fit, capsys):
         assert line.startswith(beginning)
 
 
-def test_tensorboard_and_wandb_get_the_usual_names(fit, data, tmp_path, monkeypatch):
+def test_tensorboard_and_wandb_get_the_usual_names_and_end_no_run(fit, monkeypatch, capsys):
     seen, module = [], type(sys)("wandb")
     module.init = lambda **flags: type("Run", (), {"log": lambda self, numbers, step: seen.append((step, numbers))})()
     module.__spec__ = type(sys.__spec__)("wandb", None)
@@ -635,6 +635,14 @@ def test_tensorboard_and_wandb_get_the_usual_names(fit, data, tmp_path, monkeypa
     fit(wandb=True)
     assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
     assert set(seen[0][1]) == {"train/loss", "lr", "grad_norm", "tokens_per_second"} and "val/loss" in seen[2][1]
+
+    def broken(self, numbers, step):
+        seen.append(step)
+        raise ConnectionResetError("its server is gone")
+    seen.clear()
+    module.init = lambda **flags: type("Run", (), {"log": broken})()
+    assert fit("broken", wandb=True)["step"] == 6 and len(seen) == 1
+    assert "warning: --wandb or --tensorboard failed and is left out from here on (its s" in capsys.readouterr().out
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--tensorboard: needs a package: pip install tensorboard"):
         TrainConfig(tensorboard=True)
