@@ -43,7 +43,7 @@ from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
 from model import GPT, IGNORE, GPTConfig, optimizer_groups
 from prepare_data import get_encoding
 from records import sha256_of
-from watch import Forgetting, Log, Samples, describe, find_hardest, plot
+from watch import Forgetting, Log, Samples, describe, find_hardest, plot, trackers
 from weights import SIZES, locate, write_json
 
 RESULTS = ("ckpt.pt", "log.csv", "loss.png", "forget.csv", "examples.csv", "tensorboard", "best",
@@ -556,15 +556,17 @@ def train(config, device, claims):
     encoding = get_encoding(meta["encoding"])
     samples = Samples(val if len(val) else shards, encoding, "held-out" if len(val) else "training", before)
     forgetting = Forgetting(config, base, encoding, out_dir, step)
-    if rank == 0:  # now that nothing of the user's can be wrong any more
+    tracking = []
+    if rank == 0:
         claims.enter_context(claimed(out_dir))
-        clear(out_dir, () if config.resume else RESULTS)
+        tracking = trackers(config, out_dir)
+        clear(out_dir, () if config.resume else RESULTS)  # now that nothing of the user's can be wrong any more
     if step == 0 and rank == 0:
         samples.show(model, "before training" + forgetting.measure(model, 0))
 
     limit, val_loss, loss, signum, saved, started = (
         60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
-    log = Log(config, plan, out_dir, step, matmul_rate(dtype, device), writes=rank == 0)
+    log = Log(plan, out_dir, step, matmul_rate(dtype, device), tracking, writes=rank == 0)
     per_token, per_target = operations(model, 1, 0), operations(model, 0, 1)
     with Interrupt() as interrupt:
         while step < plan.total and not signum and not (limit and elapsed >= limit):

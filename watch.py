@@ -1,6 +1,7 @@
 """What a run shows of itself: its log and picture, answers before and after, what it forgets, the hardest examples."""
 import csv
 import dataclasses
+import functools
 import gc
 import io
 import math
@@ -8,7 +9,6 @@ import os
 import sys
 import time
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +91,11 @@ class Log:
     """log.csv, the progress line, and Weights & Biases or tensorboard where they are wanted. A row's loss and norm may
     still be on their way from a GPU: they are read ten steps at a time, or when somebody wants to see them."""
 
-    def __init__(self, config, plan, out_dir, step, rate, writes):
+    def __init__(self, plan, out_dir, step, rate, trackers, writes):
         self.plan, self.rate, self.writes, self.rows, self.skipped, self.in_a_row = plan, rate, writes, [], 0, 0
-        self.path, self.first, self.began, self.trackers = out_dir / "log.csv", step, time.perf_counter(), []
+        self.path, self.first, self.began, self.trackers = out_dir / "log.csv", step, time.perf_counter(), trackers
         if writes:
             write_rows(self.path, [row for row in read_rows(self.path) if row["step"] <= step])
-            self.trackers = trackers(config, out_dir)
 
     def add(self, work, wanted, **row):
         """Takes a step's row, by COLUMNS; `work` is its multiplications and additions. What is `wanted` must stand in
@@ -141,31 +140,35 @@ class Log:
 
 
 def trackers(config, out_dir):
-    """Functions of (numbers by name, step) that log elsewhere."""
+    """Functions of (numbers by name, step) that log elsewhere, and write into out_dir only once they are called."""
     functions = []
     if config.wandb:
-        import wandb
-        functions.append(wandb.init(project="nanosft", name=out_dir.name, config=dataclasses.asdict(config)).log)
+        try:
+            import wandb
+            functions.append(wandb.init(project="nanosft", name=out_dir.name, config=dataclasses.asdict(config)).log)
+        except Exception as error:  # nobody is logged in, no network
+            raise UserError(f"--wandb: {error}") from None
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(out_dir / "tensorboard")
-        functions.append(lambda numbers, step: [writer.add_scalar(*number, step) for number in numbers.items()])
+        writer = functools.cache(lambda: SummaryWriter(out_dir / "tensorboard"))
+        functions.append(lambda numbers, step: [writer().add_scalar(*number, step) for number in numbers.items()])
     return functions
 
 
 def plot(out_dir):
     """loss.png from log.csv, where matplotlib is installed: both losses, the best step, the learning rate."""
-    if not find_spec("matplotlib"):
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except Exception:  # it is missing, or broken: no reason to end a run
         return
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
     gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
     try:
         rows = read_rows(out_dir / "log.csv")
         steps, losses, rates, tokens = ([float(row[name]) for row in rows]
                                         for name in ("step", "train_loss", "learning_rate", "tokens"))
         evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
-    except (ValueError, KeyError):  # somebody has edited the log: no reason to end a run
+    except (ValueError, KeyError):  # somebody has edited the log
         return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()

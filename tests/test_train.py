@@ -627,7 +627,7 @@ def test_before_and_after_stand_side_by_side(fit, capsys):
         assert line.startswith(beginning)
 
 
-def test_tensorboard_and_wandb_get_the_usual_names_and_end_no_run(fit, monkeypatch, capsys):
+def test_tensorboard_and_wandb_get_the_usual_names_and_end_no_run(fit, tmp_path, monkeypatch, capsys):
     seen, module = [], type(sys)("wandb")
     module.init = lambda **flags: type("Run", (), {"log": lambda self, numbers, step: seen.append((step, numbers))})()
     module.__spec__ = type(sys.__spec__)("wandb", None)
@@ -643,6 +643,11 @@ def test_tensorboard_and_wandb_get_the_usual_names_and_end_no_run(fit, monkeypat
     module.init = lambda **flags: type("Run", (), {"log": broken})()
     assert fit("broken", wandb=True)["step"] == 6 and len(seen) == 1
     assert "warning: --wandb or --tensorboard failed and is left out from here on (its s" in capsys.readouterr().out
+    monkeypatch.delattr(module, "init")  # as if nobody were logged in
+    log = (tmp_path / "out" / "log.csv").read_text()
+    with pytest.raises(UserError, match="--wandb: .*init"):
+        fit(wandb=True, overwrite=True)
+    assert (tmp_path / "out" / "log.csv").read_text() == log
     monkeypatch.setattr(train, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="--tensorboard: needs a package: pip install tensorboard"):
         TrainConfig(tensorboard=True)
