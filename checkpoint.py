@@ -32,6 +32,7 @@ def load_checkpoint(path, config_class):
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there; name the run's --out_dir, or start one without --resume")
     remedy = remedy_for(path)
+    path.open("rb").close()  # where that is not permitted, the file may be whole
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         version = checkpoint["format_version"]

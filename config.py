@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
 
@@ -56,6 +57,7 @@ def parse_config(config_class, argv=None):
         refuse(f"unknown {'flag' if name.startswith('-') else 'argument'} {name!r}: " + (
             f"did you mean --{close[0]}?" if close else "--help lists the flags" if name.startswith("-") else
             f"did you mean --{next(iter(fields))}={name}?"))
-    config = config_class(**vars(flags))
+    home = {name: os.path.expanduser(value) for name, value in vars(flags).items() if str(value).startswith("~/")}
+    config = config_class(**vars(flags) | home)  # in --name=~/... a shell leaves it
     object.__setattr__(config, "given", frozenset(vars(flags)))  # the flags that were set
     return config

@@ -25,6 +25,20 @@ def require(**problems):
         raise UserError("; ".join(found))
 
 
+def typed(config):
+    """Gives what Python's callers put into a config the types of its fields: paths become text, NumPy's numbers
+    Python's. A checkpoint holds nothing else."""
+    for name, field in config.__dataclass_fields__.items():
+        if type(value := getattr(config, name)) is not field.type:
+            try:
+                plain = field.type(value)
+            except (TypeError, ValueError):
+                plain = None
+            if plain is None or plain != value and not isinstance(value, os.PathLike):
+                raise UserError(f"--{name}: {value!r} is no {field.type.__name__}")
+            object.__setattr__(config, name, plain)
+
+
 class Output:
     """stdout or stderr, whose reader may leave (a closed pipe or terminal, a full disk): the rest goes nowhere, and the
     work goes on."""

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -29,7 +30,7 @@ import numpy as np
 import tiktoken
 
 from config import parse_config
-from console import UserError, require, run, status
+from console import UserError, require, run, status, typed
 from records import UNREADABLE, fetch, fill, open_text, read_records, sha256_of, to_messages, whole
 
 FORMAT_VERSION = 1
@@ -64,6 +65,7 @@ class PrepareConfig:
     show: int = 1  # print this many rendered examples, supervised tokens in colour
 
     def __post_init__(self):
+        typed(self)
         require(
             val_fraction=not 0 <= self.val_fraction < 1 and f"{self.val_fraction} is not in [0, 1)",
             test_fraction=not 0 <= self.test_fraction < 1 - self.val_fraction
@@ -398,7 +400,8 @@ def print_report(meta, report, out_dir):
               "(--val_fraction, or more records)")
     wording = "your formats" if meta["prompt"]["response_format"] else f"{meta['prompt']['template']} template"
     print(f"wrote {out_dir} ({meta['encoding']} encoding, {wording}); next: python train.py"
-          + f" --data_dir={out_dir} --out_dir=out-{out_dir.name}" * (out_dir != Path("data/demo")))
+          + " ".join(["", *map(shlex.quote, (f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"))])
+          * (out_dir != Path("data/demo")))
 
 
 def publish(work, out_dir):

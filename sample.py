@@ -7,6 +7,7 @@
     python sample.py --export=my-model                        # plain weights and tokenizer for transformers
 """
 import codecs
+import contextlib
 import copy
 import dataclasses
 import json
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from config import parse_config
-from console import UserError, require, run, status
+from console import UserError, require, run, status, typed
 from cpu import keep_freed_memory
 from dataset import load_meta
 from model import GPT
@@ -58,6 +59,7 @@ class SampleConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
+        typed(self)
         require(**{name: getattr(self, name) < 1 and f"{getattr(self, name)} is below 1"
                    for name in ("max_new_tokens", "num_samples", "batch_size")},
                 temperature=not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf"))
@@ -212,6 +214,8 @@ class Conversation:
 def chat(voices, config):
     """Answers prompts until the input ends."""
     conversations = [Conversation(voice, config.system) for voice in voices]
+    with contextlib.suppress(ImportError):  # Windows edits lines by itself
+        import readline  # noqa: F401
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")
     alone = ", each answered by itself" * (not any(conversation.keeps for conversation in conversations))

@@ -14,6 +14,7 @@ import functools
 import gc
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -37,7 +38,7 @@ import torch.distributed as dist
 
 from checkpoint import DTYPES, load_checkpoint, restore, save_checkpoint, trainable
 from config import parse_config
-from console import UserError, require, run, status
+from console import UserError, require, run, status, typed
 from cpu import SlicedAdamW, keep_freed_memory
 from dataset import Shards, examples_of_step, identity, load_meta, micro_batches
 from model import GPT, IGNORE, GPTConfig, optimizer_groups
@@ -101,6 +102,7 @@ class TrainConfig:
     seed: int = 1337  # of weights, order and dropout
 
     def __post_init__(self):
+        typed(self)
         def below(name, least):
             value = getattr(self, name)
             return not least <= value < 2**31 and (
@@ -171,8 +173,9 @@ def build_model(config, meta, checkpoint):
             raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
                             f"python sample.py --model={init_from} --export=DIRECTORY")
         base["sha256"] = sha256_of(path)
-        if checkpoint and checkpoint["base"] != base:
-            raise UserError(f"--resume: {path} is not the file that this adapter was begun on; put the old one back")
+        if checkpoint and checkpoint["base"].get("sha256") != base["sha256"]:
+            raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with "
+                            "--init_from")
         targets = config.lora_targets.split(",")
         if wrong := [target for target in targets if not any(
                 name.endswith(f".{target}") and hasattr(module, "weight") for name, module in model.h.named_modules())]:
@@ -297,7 +300,7 @@ def resumed(config, saved, out_dir):
     given = getattr(config, "given", {name for name in default if getattr(config, name) != default[name]})
     flags = {name: getattr(config, name) for name in given}
     fixed = [f"--{name}={value} (it ran with {saved[name]})" for name, value in flags.items()
-             if name not in MAY_CHANGE and value != saved[name]]
+             if name not in MAY_CHANGE and value != saved[name] and not (name == "init_from" and saved["lora_rank"])]
     if fixed:
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
                         f"from its weights with --init_from={out_dir}")
@@ -568,6 +571,7 @@ def train(config, device, claims):
         60 * config.max_minutes, math.nan, math.nan, 0, elapsed, time.perf_counter() - elapsed)
     log = Log(plan, out_dir, step, matmul_rate(dtype, device), tracking, writes=rank == 0)
     per_token, per_target = operations(model, 1, 0), operations(model, 0, 1)
+    shown_dir = shlex.quote(str(out_dir))
     with Interrupt() as interrupt:
         while step < plan.total and not signum and not (limit and elapsed >= limit):
             step_started = time.perf_counter()
@@ -623,7 +627,7 @@ def train(config, device, claims):
             all_reduce(0)  # none leaves while another still talks
             status("")
             print(f"stopped after step {step:,} and saved; go on with: python train.py --resume"
-                  + f" --out_dir={out_dir}" * (config.out_dir != TrainConfig.out_dir))
+                  + f" --out_dir={shown_dir}" * (config.out_dir != TrainConfig.out_dir))
             sys.exit(128 + int(signum))
     if step == first_step:
         print("nothing to do: the run had reached its --epochs, --max_steps or --max_minutes; raise what ended it")
@@ -635,7 +639,7 @@ def train(config, device, claims):
             find_hardest(*losses, shards, encoding, out_dir, config.hardest)
     print(f"done: {step:,} steps in {elapsed / 60:.1f} minutes; "
           + f"best validation loss {best_val_loss:.4f}; " * math.isfinite(best_val_loss)
-          + "next: python sample.py" + f" --model={out_dir}" * (config.out_dir != TrainConfig.out_dir))
+          + "next: python sample.py" + f" --model={shown_dir}" * (config.out_dir != TrainConfig.out_dir))
     return {"step": step, "train_loss": float(loss), "val_loss": val_loss, "best_val_loss": best_val_loss, "crc": crc,
             "seconds": elapsed}
 

@@ -123,8 +123,11 @@ class Log:
         if not self.writes or not rows:
             return
         with opened(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, COLUMNS).writerows({name: f"{value:.8g}" if isinstance(value, float) else value
-                                                     for name, value in row.items()} for row in rows)
+            writer = csv.DictWriter(file, COLUMNS)
+            if not file.tell():  # somebody has removed the log
+                writer.writeheader()
+            writer.writerows({name: f"{value:.8g}" if isinstance(value, float) else value
+                              for name, value in row.items()} for row in rows)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -170,6 +173,8 @@ def plot(out_dir):
         evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
     except (ValueError, KeyError):  # somebody has edited the log
         return
+    if not rows:
+        return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
@@ -191,8 +196,11 @@ def plot(out_dir):
     right.plot(steps, rates, ":", color="tab:green")
     right.set(ylabel="learning rate (dotted)", ylim=(0, None))
     axes.legend(loc="upper right")
-    with atomic_file(out_dir / "loss.png") as file:
-        figure.savefig(file, format="png", dpi=120)
+    try:
+        with atomic_file(out_dir / "loss.png") as file:
+            figure.savefig(file, format="png", dpi=120)
+    except OSError as error:  # a picture is no reason to end a run
+        print(f"warning: no loss.png ({error})")
 
 
 def without_template(texts):

@@ -2,6 +2,7 @@
 import csv
 import json
 import math
+import shutil
 
 import peft
 import pytest
@@ -185,8 +186,11 @@ def test_a_resumed_adapter_equals_the_straight_one_bit_for_bit(fit, base, tmp_pa
     resumed = fit("parts", resume=True)
     assert {**resumed, "seconds": 0} == {**straight, "seconds": 0}
     assert same_weights(tmp_path / "straight", tmp_path / "parts")
+    shutil.copytree(base, tmp_path / "moved")  # the same base by another name
+    config = TrainConfig(resume=True, out_dir=tmp_path / "straight", init_from=tmp_path / "moved", max_steps=9)
+    assert train.main(config)["step"] == 9
     tiny(block_size=128, seed=8).save_pretrained(base)
-    with pytest.raises(UserError, match="is not the file that this adapter was begun on"):
+    with pytest.raises(UserError, match="is not the file that this adapter was begun on; name that with --init_from"):
         fit("parts", resume=True, max_steps=9)
     with pytest.raises(UserError, match="was trained on other weights than"):
         sample.main(SampleConfig(model=str(tmp_path / "parts"), prompt="x", device="cpu"))

@@ -189,7 +189,7 @@ def test_wrong_use_gets_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             sample.main(SampleConfig(**flags, device="cpu"))
         assert message in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="--temperature: -1 is neither 0 nor.*--top_p: 0 is not in"):
+    with pytest.raises(UserError, match="--temperature: -1.0 is neither 0 nor.*--top_p: 0.0 is not in"):
         SampleConfig(temperature=-1, top_p=0)
 
 

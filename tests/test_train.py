@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -436,6 +437,32 @@ def test_what_others_call_a_flag_is_a_flag_of_ours():
                                 (sample.SampleConfig, "--out_dir=x", "'--out_dir': did you mean --model")):
         with pytest.raises(UserError, match=message):
             parse_config(kind, [word])
+
+
+def test_values_from_python_take_their_fields_types_or_are_refused(fit, data, tmp_path):
+    fit(out_dir=tmp_path / "out", data_dir=data, max_steps=6e0, batch_size=np.int64(4), learning_rate=np.float64(1e-3),
+        dropout=np.float32(0.125))
+    assert train.main(TrainConfig(resume=True, out_dir=tmp_path / "out", max_steps=8))["step"] == 8
+    for values in dict(max_steps=2.5), dict(max_minutes=None), dict(lora_targets=["c_attn"]), dict(resume="yes"):
+        with pytest.raises(UserError, match=f"--{next(iter(values))}: .* is no (int|float|str|bool)$"):
+            TrainConfig(**values)
+    assert sample.SampleConfig(model=Path("out")).model == "out"
+    assert parse_config(TrainConfig, ["--out_dir=~/out"]).out_dir == os.path.expanduser("~/out")
+
+
+def test_a_log_or_picture_that_somebody_spoils_ends_no_run(fit, tmp_path, monkeypatch, capsys):
+    out_dir, real = tmp_path / "out", train.evaluate
+
+    def spoil(*args):
+        (out_dir / "log.csv").unlink(missing_ok=True)
+        (out_dir / "loss.png").unlink(missing_ok=True)
+        (out_dir / "loss.png").mkdir()
+        monkeypatch.setattr(train, "evaluate", real)
+        return real(*args)
+    monkeypatch.setattr(train, "evaluate", spoil)
+    assert fit()["step"] == 6 and "warning: no loss.png (" in capsys.readouterr().out
+    assert fit(resume=True, max_steps=8)["step"] == 8
+    assert [row["step"] for row in watch.read_rows(out_dir / "log.csv")] == [3, 4, 5, 6, 7, 8]  # 1 and 2 were removed
 
 
 def test_flags_are_read_in_every_spelling():
