@@ -154,8 +154,7 @@ def encode_all(encoding, texts, pool):
     than encoding them."""
     size = max(1, -(-len(texts) // (2 * pool._max_workers)))
     runs = [texts[start:start + size] for start in range(0, len(texts), size)]
-    for ids in pool.map(lambda run: [encoding.encode_ordinary(text) for text in run], runs):
-        yield from ids
+    yield from chain.from_iterable(pool.map(lambda run: [encoding.encode_ordinary(text) for text in run], runs))
 
 
 def join(segments, encoded, eot, train_on_prompt=False):
@@ -387,8 +386,7 @@ def as_rendered(record, spec):
 
 def print_report(meta, report, out_dir):
     status("")
-    for split in ("train", "val"):
-        part = meta[split]
+    for split, part in (("train", meta["train"]), ("val", meta["val"])):
         print(f"{split:6s}{part['examples']:10,} examples {part['tokens']:12,} tokens, "
               f"{part['supervised_tokens'] / max(part['tokens'], 1):6.1%} supervised, longest {part['longest']:,}")
     print(f"test  {meta['test']['examples']:10,} records in {out_dir / 'test.jsonl'}")

@@ -487,7 +487,11 @@ def open_run(config):
     out_dir = Path(config.out_dir)
     if config.resume:
         checkpoint = load_checkpoint(out_dir / "ckpt.pt", TrainConfig)
-        return resumed(config, checkpoint["config"], out_dir), checkpoint
+        config = resumed(config, checkpoint["config"], out_dir)
+        if not (Path(config.data_dir) / "meta.json").exists():
+            raise UserError(f"--resume: the run's data are not in {config.data_dir}, as seen from here: say with "
+                            "--data_dir where they are now")
+        return config, checkpoint
     if config.overwrite and config.init_from and out_dir.resolve() in (
             Path(config.init_from).resolve(), *Path(config.init_from).resolve().parents):
         raise UserError(f"--init_from={config.init_from} lies in --out_dir={out_dir}, which --overwrite clears: name "

@@ -390,6 +390,15 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
     assert before == ["done", "other", "short"]  # none of the refused runs left anything
 
 
+def test_a_resume_that_does_not_find_its_data_says_so(fit, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(data.parent)
+    fit(data_dir=data.name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"--resume: the run's data are not in {data.name}, .*say with --data_dir"):
+        train.main(TrainConfig(resume=True, out_dir="out", max_steps=8))
+    assert train.main(TrainConfig(resume=True, out_dir="out", data_dir=data, max_steps=8))["step"] == 8
+
+
 def test_a_resume_with_other_data_is_refused_by_name(fit, prepare):
     fit("out")
     with pytest.raises(UserError, match=r"not the data that this run began with \(source_sha256, .*train"):
