@@ -1,4 +1,5 @@
-"""What a person at the terminal sees of any script: errors in one line, and the progress line."""
+"""What a person at the terminal sees of any script: errors in one line, those of a config's values among them, and the
+progress line, on an output that may lose its reader."""
 import os
 import re
 import shutil

@@ -336,8 +336,8 @@ def encode_records(path, name, config, spec, encoding, pool, report):
                 continue
             seen.add(digest)
             report[f"truncated to --block_size={config.block_size}"] += long and not is_text
-            held_out = "test" if share < config.test_fraction else "val"
-            split = held_out if share < config.test_fraction + config.val_fraction else "train"
+            split = "test" if share < config.test_fraction else (
+                "val" if share < config.test_fraction + config.val_fraction else "train")
             yield split, record, blocks([ids], config.block_size) if is_text else [(ids, flags)]
 
 

@@ -171,7 +171,7 @@ def build_model(config, meta, checkpoint):
         path = locate(init_from)
         if path.name == "adapter_config.json":
             raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
-                            f"python sample.py --model={init_from} --export=DIRECTORY")
+                            f"python sample.py --model={shlex.quote(init_from)} --export=DIRECTORY")
         base["sha256"] = sha256_of(path)
         if checkpoint and checkpoint["base"].get("sha256") != base["sha256"]:
             raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with "
