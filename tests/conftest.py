@@ -1,6 +1,9 @@
-"""Shared by the tests: tiny models, tiny data, and the way to GPT-2's vocabulary where it is at hand."""
+"""Shared by the tests: tiny models, tiny data, processes of their own, and the way to GPT-2's vocabulary where it is at hand."""
+import contextlib
 import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import prepare_data  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+from nanosft.templates import get_encoding  # noqa: E402
 
 WORDS = "red green blue black white brown grey pink gold silver".split()
 
@@ -34,7 +38,7 @@ def randomise(model, std=0.1, seed=0):
 
 
 def tiny(seed=0, std=0.1, **changes):
-    config = dict(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=32)
+    config = dict(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=32, eos_token_id=256)
     return randomise(GPT(GPTConfig(**{**config, **changes})), std, seed)
 
 
@@ -55,16 +59,39 @@ def prepare(tmp_path):
     def prepare_records(records, name="records.jsonl", **flags):
         source = write_lines(tmp_path / name, records) if isinstance(records, list) else records
         out_dir = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
-        config = prepare_data.PrepareConfig(**{**dict(input=str(source), out_dir=str(out_dir), encoding="bytes", show=0,
-                                                      template="chat", block_size=128), **flags})
-        prepare_data.main(config)
+        prepare_data.main(prepare_data.PrepareConfig(**{**dict(
+            input=str(source), out_dir=str(out_dir), encoding="bytes", show=0, template="chat", block_size=128), **flags}))
         return out_dir
     return prepare_records
+
+
+@pytest.fixture
+def spawn():
+    """spawn(*words, **options) -> a Python process on one thread, with pipes, that is dead when the test has ended. It
+    hears SIGINT and SIGHUP, though they are ignored here (in the background, under nohup)."""
+    jobs, ignored = [], [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, lambda *_: None)  # a child inherits only what is ignored
+
+    def start(*words, **options):
+        defaults = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        jobs.append(subprocess.Popen([sys.executable, *map(str, words)], text=True, **{**defaults, **options}))
+        return jobs[-1]
+
+    yield start
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    for job in jobs:
+        job.terminate()  # torchrun ends its workers
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(15)
+        job.kill()
+        job.communicate()
 
 
 @pytest.fixture(scope="session")
 def gpt2_encoding():
     try:
-        return prepare_data.get_encoding("gpt2")
+        return get_encoding("gpt2")
     except ValueError:
         pytest.skip("GPT-2's vocabulary is neither cached nor can it be downloaded")

@@ -1,0 +1,63 @@
+"""What a person at the terminal sees: errors in one line, and the progress line."""
+import os
+import shutil
+import sys
+
+
+class UserError(ValueError):
+    """A mistake of the user's: one line that names the flag, file or line, the value and the remedy."""
+
+    def __init__(self, message):
+        if len(message) > 1000:  # the remedy stands at the end, behind a long value
+            message = f"{message[:500]} ... {message[-400:]}"
+        super().__init__("".join(char if char.isprintable() else " " for char in message))
+
+
+def terminal_width():
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def status(line, end=False):
+    """Shows one progress line that the next one overwrites. A log file gets only the last one, which has `end`."""
+    if sys.stdout.isatty():
+        print(f"\r{line[:terminal_width() - 1]}\033[K", end="\n" if end else "", flush=True)
+    elif end:
+        print(line, flush=True)
+
+
+class Output:
+    """stdout or stderr of a long run. When its reader leaves (a closed pipe or terminal, a full disk), what is written
+    goes nowhere, and the run goes on."""
+
+    def __init__(self, stream, warnings=None):
+        self.stream, self.warnings = stream, warnings
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+    def attempt(self, action, *args):
+        try:
+            action(*args)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            if self.warnings:
+                print(f"warning: nobody takes the output any more ({error.strerror}); the work goes on",
+                      file=self.warnings)
+
+
+def protect_output():
+    """Puts an `Output` in the place of stdout and stderr. A stream that the caller has closed is the null device, and a
+    character that the console cannot show is '?'."""
+    sys.stdin = sys.stdin or open(os.devnull)
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+    sys.stderr = Output(sys.stderr)
+    sys.stdout = Output(sys.stdout, warnings=sys.stderr)

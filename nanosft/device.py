@@ -1,0 +1,60 @@
+"""The device and the dtype that this machine computes with."""
+import ctypes
+import math
+import os
+import sys
+import time
+
+import torch
+
+from nanosft.console import UserError
+from nanosft.distributed import all_reduce
+
+
+def pick_device(name):
+    """The named device, or the best that this machine has."""
+    if name.startswith("meta"):
+        raise UserError(f"--device={name} computes nothing; try --device=cpu")
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun starts one process a GPU
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device={name}: {str(error).splitlines()[0]}; try --device=cpu") from None
+
+
+def pick_dtype(name, device):
+    """The dtype to compute in: as named, or for "auto" bfloat16 where the hardware multiplies it natively, else float16
+    on older CUDA and float32. Several processes agree on the widest."""
+    if name != "auto":
+        return getattr(torch, name)
+    dtypes, choice = (torch.bfloat16, torch.float16, torch.float32), 2
+    if device.type == "cuda":
+        choice = 0 if torch.cuda.get_device_capability(device) >= (8, 0) else 1
+    elif device.type == "cpu" and matmul_rate(torch.bfloat16) > 1.4 * matmul_rate(torch.float32):
+        choice = 0
+    return dtypes[int(all_reduce(choice, how="MAX"))]
+
+
+def matmul_rate(dtype, n=512):
+    """Multiplications and additions a second in this dtype on the CPU, by timing one matrix product. A CPU without
+    native bfloat16 takes longer over it than over float32."""
+    x, seconds = torch.ones(n, n, dtype=dtype), math.inf
+    for _ in range(5):
+        started = time.perf_counter()
+        x @ x
+        seconds = min(seconds, time.perf_counter() - started)
+    return 2 * n**3 / seconds
+
+
+def keep_freed_memory():
+    """Tells glibc to keep the memory that is freed: to give it back and to get it anew, page by page, costs a training
+    step on a CPU more time than AdamW does."""
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt:
+        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+            mallopt(option, value)

@@ -1,0 +1,56 @@
+"""The processes that torchrun started, which share every step out among them."""
+import contextlib
+import gc
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+
+def rank_and_world_size():
+    """(the number of this process from 0, how many there are)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def all_reduce(number, how="SUM"):
+    """The sum (or MAX) of a number over all processes. It travels on the CPU, so that no GPU is waited for."""
+    if rank_and_world_size()[1] == 1:
+        return number
+    tensor = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
+    return tensor.item()
+
+
+@contextlib.contextmanager
+def process_group(device):
+    """Within it, this process is one of those that torchrun started, if it did: only the first one prints, and the
+    cores of a machine are shared out."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        with contextlib.redirect_stdout(sys.stdout if dist.get_rank() == 0 else open(os.devnull, "w")):
+            yield
+            dist.barrier()  # none leaves while another still talks
+    finally:
+        gc.collect()  # what is still on its way refers to the group, whose threads must not outlive Python
+        dist.destroy_process_group()
+
+
+def sum_gradients(parameters):
+    """Replaces every gradient by its sum over all processes, in its own dtype; a process without examples adds zeros."""
+    if rank_and_world_size()[1] == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
+    exchanges = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
+    for exchange in exchanges:
+        exchange.wait()

@@ -1,0 +1,56 @@
+"""Files that are written wholly or not at all, JSON, and a file's hash."""
+import hashlib
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanosft.console import UserError
+
+
+@contextmanager
+def opened(path, mode, **options):
+    """`open`, whose OSError names the file, as that of a failed write does not."""
+    try:
+        with open(path, mode, **options) as file:
+            yield file
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
+def atomic_file(path):
+    """A binary file that takes the place of `path` once it is complete on disk. On an error `path` stays as it was."""
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with opened(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, values):
+    with atomic_file(path) as file:
+        file.write(json.dumps(values, indent=1).encode() + b"\n")
+
+
+def read_json(path):
+    """The object that a JSON file holds."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested too deeply
+        values = None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is no JSON object; download or write it again")
+    return values
+
+
+def sha256_of(path):
+    """The SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

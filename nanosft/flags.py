@@ -1,0 +1,135 @@
+"""Command-line flags from a dataclass. A field's line is its flag, type, default and help; a comment line above fields
+names their group in --help:
+
+    # optimizer
+    learning_rate: float = 2e-5  # peak learning rate
+
+`--name=value` and `--name value` both work, dashes and underscores are alike, and `--flag` alone turns a bool on.
+"""
+import argparse
+import difflib
+import inspect
+import os
+import re
+import sys
+
+from nanosft.console import UserError, protect_output, status, terminal_width
+
+# what nanoGPT, transformers, TRL and PEFT call our flags
+ELSEWHERE = {"lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "warmup_steps", "dataset": "data_dir",
+             "start": "prompt", "out_dir": "model", "num_epochs": "epochs", "num_train_epochs": "epochs",
+             "lora_r": "lora_rank", "gradient_accumulation_steps": "batch_size", "max_grad_norm": "grad_clip",
+             "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_schedule", "output_dir": "out_dir"}
+OUT_OF_MEMORY = re.compile("allocate memory|(not enough|out of) memory")  # torch's ways to say it
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message.replace("argument --", "--", 1))
+
+
+def parse_bool(text):
+    if text.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "yes", "on", "1")
+
+
+def parse_config(config_class, argv=None):
+    """The words of `argv` (default: the command line) as a `config_class`, whose attribute `given` names the flags that
+    were set. UserError for an unknown flag or a bad value."""
+    parser = Parser(
+        usage="python %(prog)s [--flag=value ...]", description=inspect.getmodule(config_class).__doc__,
+        allow_abbrev=False, add_help=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, min(120, terminal_width())))
+    fields, group = config_class.__dataclass_fields__, parser
+    for line in inspect.getsource(config_class).splitlines():
+        heading, setting = re.fullmatch(r" {4}# (.+)", line), re.match(r" {4}(\w+): \w+ = .+?  # (.+)", line)
+        if heading:
+            group = parser.add_argument_group(heading[1])
+        elif setting and setting[1] in fields:
+            field, options = fields[setting[1]], {"type": fields[setting[1]].type}
+            if field.type is bool:
+                options = {"type": parse_bool, "nargs": "?", "const": True}
+            group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=setting[2].replace("%", "%%"),
+                               metavar=str(field.default) or "''", **options)
+    group.add_argument("--help", "-h", action="help", help="show this and leave")
+    words = [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
+             for word in (sys.argv[1:] if argv is None else argv)]
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        refuse_unknown(unknown[0].split("=")[0], fields)
+    values = vars(values)
+    for name, value in values.items():
+        if isinstance(value, str) and value.startswith("~/"):  # in --name=~/... a shell leaves it
+            values[name] = os.path.expanduser(value)
+    config = config_class(**values)
+    object.__setattr__(config, "given", frozenset(values))
+    return config
+
+
+def refuse_unknown(word, fields):
+    name, remedy = word.lstrip("-"), "--help lists the flags"
+    if not word.startswith("-"):
+        raise UserError(f"unknown argument {word!r}: did you mean --{next(iter(fields))}={word}?")
+    for ours in [ELSEWHERE.get(name), *difflib.get_close_matches(name, fields, n=1)][::-1]:
+        if ours in fields:
+            remedy = f"did you mean --{ours}?"
+    raise UserError(f"unknown flag {word!r}: {remedy}")
+
+
+def check(config, at_least=None, fractions=(), choices=None, problems=()):
+    """Gives the fields their types (what Python's callers put there: NumPy's numbers, paths), then raises one UserError
+    that lists every problem. at_least: {field: its least value}, and numbers end below 2^31; fractions: fields in
+    [0, 1); choices: {field: its values}; problems: messages that are ready, "--name: ..."."""
+    found, at_least, choices = [], at_least or {}, choices or {}
+    for name, field in config.__dataclass_fields__.items():
+        value = typed(name, getattr(config, name), field.type)
+        object.__setattr__(config, name, value)
+        if name in fractions and not 0 <= value < 1:
+            found.append(f"--{name}: {value} is not in [0, 1)")
+        if name in at_least and value < at_least[name]:
+            found.append(f"--{name}: {value} is below {at_least[name]}")
+        elif name in at_least and not value < 2**31:
+            found.append(f"--{name}: {value} is no number below 2^31")
+        if name in choices and value not in choices[name]:
+            found.append(f"--{name}: {value!r} is none of {', '.join(filter(None, choices[name]))}")
+    if found or problems:
+        raise UserError("; ".join([*found, *problems]))
+
+
+def typed(name, value, kind):
+    """`value` as a `kind`; UserError where that changes it."""
+    try:
+        plain = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        plain = None
+    same = plain == value or isinstance(value, os.PathLike) or plain != plain  # NaN equals nothing
+    if plain is None or not same:
+        raise UserError(f"--{name}: {value!r} is no {kind.__name__}")
+    return plain
+
+
+def run(main, config_class):
+    """Calls `main` with the command line as a `config_class`. A user's mistake ends in one line on stderr, with exit
+    code 2 for a flag's and 1 for any other; a bug shows its traceback."""
+    protect_output()
+    try:
+        config = parse_config(config_class)
+    except UserError as error:
+        fail(error, 2)
+    try:
+        main(config)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError) as error:
+        fail(error, 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        fail("there is not enough memory: close other programs, or take a smaller model, batch or file", 1)
+
+
+def fail(message, code):
+    status("")
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,95 @@
+"""AdamW for a model whose parameters rest in the dtype that it computes in."""
+import math
+
+import torch
+
+
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019) that keeps a float32 master of every trainable parameter of 16 bits.
+
+    A step takes each gradient in whatever dtype it came, scales it, calls torch's fused kernel on masters and moments,
+    and leaves the rounded new weights in the parameters. It works in slices, so that what is float32 only while it is
+    used needs little memory. A parameter in float32 or float64 is its own master. Matrices decay, biases and norms do
+    not. Nothing here waits for a GPU.
+    """
+
+    def __init__(self, model, dtype, betas=(0.9, 0.99), weight_decay=0.1, low_memory=False):
+        """Moves `model` to `dtype`. low_memory: both moments rest in bfloat16."""
+        self.masters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        model.to(dtype)  # gives a parameter new memory, and leaves its master alone, unless they are of one dtype
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        moment_dtype = torch.bfloat16 if low_memory else None
+        self.means = {name: torch.zeros_like(p, dtype=moment_dtype) for name, p in self.masters.items()}
+        self.squares = {name: torch.zeros_like(p, dtype=moment_dtype) for name, p in self.masters.items()}
+        first = next(iter(self.masters.values()))
+        # float16 cannot hold small gradients: the loss is scaled up, twice as far after 2,000 good steps in a row
+        self.steps = torch.zeros((), device=first.device)
+        self.loss_scale = torch.full((), 2.0**16 if dtype == torch.float16 else 1.0, device=first.device)
+        self.good_steps = torch.zeros((), device=first.device)
+        self.dtype, self.betas, self.weight_decay = dtype, betas, weight_decay
+        self.slice_size = 1 << 18 if first.device.type == "cpu" else 1 << 26  # elements; on a CPU they fit the cache
+        self.buffers = [torch.empty(min(self.slice_size, max(p.numel() for p in self.masters.values())),
+                                    dtype=first.dtype, device=first.device) for _ in range(3)]
+
+    def zero_grad(self, in_float32=False):
+        """Forgets the gradients. Those that come next are float32, to be summed over micro-batches or processes, or else
+        in the parameter's dtype."""
+        for name, p in self.parameters.items():
+            p.grad = None
+            p.grad_dtype = self.masters[name].dtype if in_float32 else p.dtype
+
+    @torch.no_grad()
+    def step(self, learning_rate, loss, grad_clip):
+        """One step with the gradients of the scaled loss, their norm limited to grad_clip (0: no limit). Nothing
+        changes where the loss or the norm is not finite. Returns the norm, a scalar on the device."""
+        norms = [torch.linalg.vector_norm(p.grad, dtype=self.masters[name].dtype)
+                 for name, p in self.parameters.items() if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale
+        skipped = ~(norm + loss).isfinite()
+        scale = (grad_clip / (norm + 1e-6)).clamp(max=1) if grad_clip else torch.ones_like(norm)
+        scale, found_inf = scale / self.loss_scale, skipped.float()
+        self.steps += 1 - found_inf
+        for name, p in self.parameters.items():
+            if p.grad is not None:
+                self.step_in_slices(name, p, scale, found_inf, learning_rate)
+        if self.dtype == torch.float16:
+            self.good_steps = torch.where(skipped, 0, self.good_steps + 1)
+            grown = torch.where(self.good_steps % 2000 == 0, self.loss_scale * 2, self.loss_scale)
+            self.loss_scale = torch.where(skipped, self.loss_scale / 2, grown)
+        return norm
+
+    def step_in_slices(self, name, parameter, scale, found_inf, learning_rate):
+        tensors = self.masters[name], parameter.grad, self.means[name], self.squares[name], parameter.data
+        slices = [tensor.view(-1).split(self.slice_size) for tensor in tensors]
+        for master, grad, mean, square, weight in zip(*slices, strict=True):
+            # what rests in 16 bits is float32 in a buffer for the time of the step
+            wide = [x if x.dtype == master.dtype else buffer[:len(x)].copy_(x)
+                    for x, buffer in zip((grad, mean, square), self.buffers, strict=True)]
+            torch._fused_adamw_(
+                [master], [wide[0].mul_(scale)], [wide[1]], [wide[2]], [], [self.steps], lr=learning_rate,
+                beta1=self.betas[0], beta2=self.betas[1], eps=1e-8, amsgrad=False, maximize=False,
+                weight_decay=self.weight_decay if parameter.dim() >= 2 else 0.0, found_inf=found_inf)
+            if mean.dtype != master.dtype:
+                mean.copy_(wide[1])
+                square.copy_(wide[2])
+            if weight.dtype != master.dtype:
+                weight.copy_(master)
+
+    def state_dict(self):
+        """All that a step depends on, by parameter name."""
+        return {"masters": self.masters, "means": self.means, "squares": self.squares, "steps": self.steps,
+                "loss_scale": self.loss_scale, "good_steps": self.good_steps}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Takes what `state_dict` gave, dtypes unchanged; the parameters follow the masters."""
+        for kind in ("masters", "means", "squares"):
+            own, given = getattr(self, kind), state[kind]
+            assert own.keys() == given.keys(), f"{kind} of other parameters"
+            for name, tensor in own.items():
+                assert tensor.dtype == given[name].dtype and tensor.shape == given[name].shape, f"{kind} of {name}"
+                tensor.copy_(given[name])
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.masters[name])
+        for name in ("steps", "loss_scale", "good_steps"):
+            getattr(self, name).copy_(state[name])

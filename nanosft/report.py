@@ -1,0 +1,174 @@
+"""What a run shows of itself: its log, its progress, its picture, and answers to a few prompts."""
+import csv
+import gc
+import io
+import math
+import os
+import sys
+from collections import Counter
+
+import numpy as np
+
+from nanosft.console import UserError, status
+from nanosft.files import atomic_file, opened
+from nanosft.shards import SUPERVISED
+
+COLUMNS = ["step", "epoch", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
+           "seconds"]
+
+
+# ---- log and progress -----------------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """The rows of log.csv as dicts with an int `step`; none where there is no file."""
+    if not path.exists():
+        return []
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return [{**row, "step": int(row["step"])} for row in csv.DictReader(file) if None not in row.values()]
+    except (ValueError, KeyError, csv.Error):
+        raise UserError(f"{path} is not as train.py wrote it: put it back, or remove it and lose its rows") from None
+
+
+def write_rows(path, rows):
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def append_row(path, row, sync):
+    """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
+    with opened(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if not file.tell():  # somebody has removed the log
+            writer.writeheader()
+        writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def start_tracking(run_name, settings):
+    """A function of (row of log.csv) that logs to Weights & Biases under the usual names. What fails later is a warning."""
+    try:
+        import wandb
+        run = wandb.init(project="nanosft", name=run_name, config=settings)
+    except Exception as error:  # it is not installed, nobody is logged in, there is no network
+        raise UserError(f"--wandb: {error}; install it (pip install wandb) and log in (wandb login)") from None
+
+    def track(row):
+        numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "lr": row["learning_rate"],
+                   "grad_norm": row["grad_norm"], "tokens_per_second": row["tokens"] / row["seconds"]}
+        try:
+            run.log({name: value for name, value in numbers.items() if value != ""}, row["step"])
+        except Exception as error:  # whatever it is, the run is worth more
+            print(f"\nwarning: Weights & Biases failed at step {row['step']} ({error})")
+
+    return track
+
+
+def show_progress(row, total_steps, seconds_left, skipped):
+    """One line: where the run is, its time left, loss, learning rate, gradient norm and speed."""
+    line = (f"step {row['step']:,}/{total_steps:,}  {seconds_left // 60:.0f}:{seconds_left % 60:02.0f} left  "
+            f"loss {row['train_loss']:.4f}  lr {row['learning_rate']:.1e}  norm {row['grad_norm']:.2f}  "
+            f"{row['tokens'] / row['seconds']:,.0f} tokens/s")
+    if skipped:
+        line += f"  ({skipped} skipped in a row: not finite)"
+    status(line, end=not sys.stdout.isatty())
+
+
+def plot(out_dir):
+    """loss.png from log.csv, where matplotlib is installed: both losses, the best step, the learning rate. What goes
+    wrong here is no reason to end a run."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
+    except Exception:  # it is missing, or broken
+        return
+    gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
+    try:
+        rows = read_rows(out_dir / "log.csv")
+        steps, losses, rates, tokens = ([float(row[name]) for row in rows]
+                                        for name in ("step", "train_loss", "learning_rate", "tokens"))
+        evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+    except (ValueError, KeyError):  # somebody has edited the log
+        return
+    if not rows:
+        return
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    # every step's loss, thin, and the mean of about fifty windows over it
+    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
+    window = max(1, len(rows) // 50)
+    label = "training" if window == 1 else f"training, mean of {window} steps"
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
+    if evaluated:
+        step, best = min(evaluated, key=lambda point: (math.isnan(point[1]), point[1]))
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
+        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=f"best: {best:.4f} at step {step:,.0f}")
+    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log", xlim=(0, None))
+    tokens_a_step = sum(tokens) / len(rows) or 1
+    top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens_a_step, lambda n: n / tokens_a_step))
+    top.set_xlabel("tokens")
+    top.xaxis.set_major_formatter(EngFormatter(sep=""))
+    right = axes.twinx()
+    right.plot(steps, rates, ":", color="tab:green")
+    right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    axes.legend(loc="upper right")
+    try:
+        with atomic_file(out_dir / "loss.png") as file:
+            figure.savefig(file, format="png", dpi=120)
+    except OSError as error:
+        print(f"warning: no loss.png ({error})")
+
+
+# ---- answers ----------------------------------------------------------------------------------------------------
+
+def shorten(text, width=100):
+    if len(text) <= width:
+        return text
+    return text[:width // 2 - 2] + " ... " + text[-width // 2 + 3:]
+
+
+def without_template(texts):
+    """Each text in one line, less the lines that more than a fifth of the texts share: those are the template's."""
+    texts = [text.replace("<|endoftext|>", "\n").splitlines() for text in texts]
+    seen = Counter(line for lines in texts for line in set(lines))
+    few = max(1, len(texts) // 5)
+    return [" ".join(" ".join(line for line in lines if seen[line] <= few).split()) for lines in texts]
+
+
+class Samples:
+    """A few prompts of a split with their right answers, to see in plain text what the model has learned so far."""
+
+    def __init__(self, shards, encoding, count=2):
+        self.encoding, self.prompts, self.answers = encoding, [], []
+        for tokens in (shards[i] for i in range(min(40, len(shards)))):
+            supervised = (tokens["flags"] & SUPERVISED).astype(bool)
+            first = int(supervised.argmax())
+            if first == 1 and supervised[1:].all():  # plain text: its first words are the prompt
+                first = min(16, len(tokens) // 2)
+            stop = first + int(np.append(~supervised[first:], True).argmax())
+            self.prompts.append(tokens["id"][:first].tolist())
+            self.answers.append(tokens["id"][first:stop].tolist())
+        self.titles = [shorten(text) for text in without_template(map(encoding.decode, self.prompts))[:count]]
+        del self.prompts[count:], self.answers[count:]
+
+    def show(self, model, heading):
+        """Prints the model's greedy answers, each cut at the length of the longest right one plus a little."""
+        status("")
+        print(f"  {heading}:")
+        answers = [[] for _ in self.prompts]
+        limit = min(64, max(map(len, self.answers)) + 4, model.config.block_size - max(map(len, self.prompts)))
+        for step in model.generate(self.prompts, limit, stop=self.encoding.eot_token, n_vocab=self.encoding.n_vocab):
+            for answer, token in zip(answers, step, strict=True):
+                if token is not None:
+                    answer.append(token)
+        for title, answer, right in zip(self.titles, answers, self.answers, strict=True):
+            text = self.encoding.decode([token for token in answer if token != self.encoding.eot_token])
+            mark = "  (exact)" if answer == right else ""
+            print(f"    {title} -> {shorten(text, 70)!r}{mark}", flush=True)

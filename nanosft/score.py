@@ -1,0 +1,98 @@
+"""What answers are worth: exact matches and, in a classification, likeliest labels and what they were taken for."""
+from collections import Counter
+
+from nanosft.console import UserError, status
+from nanosft.records import NAME, fill
+
+
+def interval(right, count):
+    """Wilson's 95 % confidence interval of a share."""
+    z, share = 1.96, right / count
+    middle = share + z * z / (2 * count)
+    half = z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
+    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+
+
+def label_set(references, named, loaded):
+    """The classes that answers come from, as they are rendered: those `named`, with commas, or the references, where
+    they are few. [] where the file is no classification."""
+    labels = sorted(set(references) - {None})
+    if named:
+        names, columns = [name.strip() for name in named.split(",")], NAME.findall(loaded.spec["response_format"])
+        if len(columns) == 1:
+            labels = [fill(loaded.spec["response_format"], {columns[0]: name}, "labels") for name in names]
+        else:  # spelt as the file's answers are
+            spelling = {label.strip(): label for label in labels}
+            labels = [spelling.get(name, name) for name in names]
+    longest = max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
+    fits = longest < loaded.model.config.block_size
+    if named and not fits:
+        raise UserError(f"--labels: one has {longest:,} tokens, more than the context: give short ones")
+    few = 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references)
+    return labels if named or few and fits else []
+
+
+def classify(loaded, prompts, labels):
+    """The likeliest label for each prompt: highest log-probability summed over the label's tokens and its stop."""
+    answers = [loaded.encoding.encode_ordinary(label) + [loaded.encoding.eot_token] for label in labels]
+    # a prompt that leaves no place for the longest answer loses its beginning
+    longest_prompt = loaded.model.config.block_size + 1 - max(map(len, answers))
+    likeliest, size = [], max(1, 64 // len(labels))
+    for start in range(0, len(prompts), size):
+        batch = [prompt[-longest_prompt:] for prompt in prompts[start:start + size]]
+        scores = loaded.model.log_likelihood(batch, answers)  # (prompts, labels)
+        likeliest += [labels[index] for index in scores.argmax(1).tolist()]
+        status(f"{len(likeliest):,} of {len(prompts):,} classified", end=len(likeliest) == len(prompts))
+    return likeliest
+
+
+def confusion(truths, predictions, labels):
+    """Prints how often each label was taken for which, with recall and precision."""
+    counts, width = Counter(zip(truths, predictions, strict=True)), max(8, *(len(label) + 1 for label in labels))
+    others = sum(truth not in labels for truth in truths)
+    if others:
+        print(f"{others} of {len(truths)} records have another answer than these labels: they count as wrong and stand "
+              "in no row")
+    print(f"\n{'truth / likeliest':18}{''.join(label.strip().rjust(width) for label in labels)}{'recall':>9}")
+    for truth in labels:
+        row = [counts[truth, label] for label in labels]
+        recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
+        print(f"{truth.strip()[:17]:18}{''.join(f'{count:{width}}' for count in row)}{recall:>9}")
+    shares = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
+    print(f"{'precision':18}{''.join(f'{share:{width}.0%}' for share in shares)}\n")
+
+
+def score(loaded, prompts, responses, references, named_labels=""):
+    """The numbers that one model reached: its responses (None where a prompt was too long) against the references (None
+    where a record has none) and, in a classification, the likeliest labels against them."""
+    scored = [index for index, reference in enumerate(references) if reference is not None]
+    answers, truths = [(responses[i] or "").strip() for i in scored], [references[i].strip() for i in scored]
+    result = {"records": len(responses), "scored": len(scored),
+              "exact": sum(answer == truth for answer, truth in zip(answers, truths, strict=True))}
+    labels = label_set(references, named_labels, loaded)
+    if labels:
+        likeliest = classify(loaded, [prompts[i] for i in scored], labels)
+        confusion([references[i] for i in scored], likeliest, labels)
+        known = {label.strip() for label in labels}
+        result["no_label"] = sum(answer not in known for answer in answers)
+        result["likelihood"] = sum(truth == label.strip() for truth, label in zip(truths, likeliest, strict=True))
+        result["majority"] = max(Counter(truths).values(), default=0)
+    return result
+
+
+def percent(part, whole):
+    return f"{part}/{whole} ({100 * part / whole:.1f} %)"
+
+
+def summary(results):
+    """Prints what each model reached."""
+    for name, result in results.items():
+        count = result["scored"]
+        if len(results) > 1:
+            print(f"{name}:")
+        if "likelihood" in result:
+            low, high = interval(result["likelihood"], count)
+            print(f"likeliest label right {percent(result['likelihood'], count)}, 95 % interval {100 * low:.1f} to "
+                  f"{100 * high:.1f} %; always the commonest {percent(result['majority'], count)}; "
+                  f"answers with no known label {percent(result['no_label'], count)}")
+        print(f"exact match {percent(result['exact'], count)}")

@@ -1,0 +1,180 @@
+"""Messages become segments, and segments become ids and flags: the one place for wording and loss mask.
+
+A segment is (text, supervised), or (EOT, supervised) for the end-of-text token. Each text is tokenised by itself as
+ordinary text, so that no content can become a special token, and a prompt has the same ids with and without its answer.
+A `spec` is a dict of template (alpaca, chat or text), prompt_format and response_format.
+"""
+import hashlib
+import json
+
+import tiktoken
+
+from nanosft.console import UserError
+from nanosft.records import NAME, fill, to_messages
+from nanosft.shards import START, SUPERVISED
+
+EOT = None  # in a segment, in the place of text
+
+
+# ---- messages become segments ---------------------------------------------------------------------------------------
+
+def alpaca_prompt(instruction, given):
+    """The prompt of Stanford Alpaca (Taori et al. 2023), with an input or, where `given` is empty, without."""
+    context, section = "", ""
+    if given:
+        context, section = ", paired with an input that provides further context", f"### Input:\n{given}\n\n"
+    return (f"Below is an instruction that describes a task{context}. Write a response that appropriately completes "
+            f"the request.\n\n### Instruction:\n{instruction}\n\n{section}### Response:\n")
+
+
+def render(messages, spec):
+    """The segments of messages. Those that end with an answer give a training example; others give the prompt for
+    sampling, which is the beginning of that example, token for token."""
+    roles, (_, first) = [role for role, _ in messages], messages[0]
+    if roles[0] == "text":
+        return [(EOT, False), (first["text"], True), (EOT, True)]
+    if roles[0] == "opening":  # the beginning of a text that sample.py goes on with
+        return [(EOT, False), (first["text"], False)]
+    if roles[0] == "prompt":
+        prompt_format = spec["prompt_format"]
+        if not spec["response_format"]:
+            prompt_format = "{prompt}"
+        segments = [(fill(prompt_format, first, "prompt_format") or EOT, False)]  # something must stand first
+    elif spec["template"] == "alpaca":
+        if roles not in (["user"], ["user", "assistant"]):
+            raise UserError(f"the alpaca template holds one question and one answer, not {' + '.join(roles)}; "
+                            "--template=chat holds conversations")
+        segments = [(alpaca_prompt(first["content"], first.get("input", "")), False)]
+    elif spec["template"] == "chat":
+        return render_chat(messages)
+    else:
+        raise UserError(f"--template=text holds records with 'text', or --response_format; not {' + '.join(roles)}")
+    if len(messages) > 1:
+        answer, = messages[1][1].values()
+        segments += [(answer, True), (EOT, True)]
+    return segments
+
+
+def render_chat(messages):
+    """One end-of-text stands between two turns: it closes one, supervised if that is an assistant's, and opens the
+    next."""
+    segments, answered = [], False
+    for role, fields in messages:
+        content = "\n\n".join(filter(None, fields.values()))
+        segments.append((EOT, answered))
+        answered = role == "assistant"
+        if answered:
+            segments += [("assistant\n", False), (content, True)]
+        else:
+            segments.append((f"{role}\n{content}", False))
+    if answered:
+        return [*segments, (EOT, True)]
+    return [*segments, (EOT, False), ("assistant\n", False)]
+
+
+def as_rendered(record, spec):
+    """The spec by which sample.py words a prompt like this record's, whatever kind the record is; None: a document."""
+    role = to_messages(record, spec)[0][0] if record else "text"
+    if role == "text":
+        return {**spec, "template": "text"}
+    if role == "prompt" and not spec["response_format"]:
+        answer = "completion" if "completion" in record else "response"
+        return {**spec, "prompt_format": "{prompt}", "response_format": f"{{{answer}}}"}
+    return spec
+
+
+def fingerprints(segments, seed):
+    """(share, digest): a number in [0, 1) that depends on the prompt and the seed alone, and a hash of the whole."""
+    marked = ["|" if text is EOT else f"{len(text)}:{text}" for text, _ in segments]
+    prompt, asked = marked, False
+    for index, (text, supervised) in enumerate(segments):
+        if supervised and asked:
+            prompt = marked[:index]
+            break
+        # a system prompt, or a greeting before the first question, tells no conversation from others
+        if text is not EOT and not supervised and text != "assistant\n" and not text.startswith("system\n"):
+            asked = True
+    share = hashlib.blake2b(f"{seed} {''.join(prompt)}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
+    return int.from_bytes(share, "big") / 2**64, digest
+
+
+# ---- segments become ids and flags ----------------------------------------------------------------------------------
+
+def get_encoding(name):
+    """tiktoken's encoding of that name, or `bytes`: 256 bytes and end-of-text, with no vocabulary to download."""
+    if name == "bytes":
+        return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={"<|endoftext|>": 256},
+                                 mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    if name not in tiktoken.list_encoding_names():
+        raise UserError(f"encoding={name!r} is none of bytes, {', '.join(tiktoken.list_encoding_names())}")
+    try:
+        return tiktoken.get_encoding(name)
+    except OSError as error:
+        raise UserError(f"cannot download the vocabulary {name!r} ({type(error).__name__}): connect to the network "
+                        "once, or point TIKTOKEN_CACHE_DIR at a folder that holds it") from None
+
+
+def join(segments, encoded, eot, train_on_prompt=False):
+    """(ids, flags) of one example, a list of int and as many bytes. `encoded`: an iterator over the ids of each text."""
+    ids, flags = [], bytearray()
+    for text, supervised in segments:
+        part = [eot] if text is EOT else next(encoded)
+        ids += part
+        flags += bytes([SUPERVISED if supervised or train_on_prompt else 0]) * len(part)
+    flags[0] = START  # nothing stands before the first token, so nothing can predict it
+    return ids, bytes(flags)
+
+
+def encode(segments, encoding, train_on_prompt=False):
+    """(ids, flags) of one example or prompt."""
+    encoded = (encoding.encode_ordinary(text) for text, _ in segments if text is not EOT)
+    return join(segments, encoded, encoding.eot_token, train_on_prompt)
+
+
+# ---- for transformers -----------------------------------------------------------------------------------------------
+
+REFUSE = ("{% if messages | map(attribute='role') | list not in [['user'], ['user', 'assistant']] %}{{ raise_exception("
+          "'this model answers one question: give one user message, no system message and no earlier turns') }}"
+          "{% endif %}")
+
+
+def chat_template(spec):
+    """The spec as a Jinja template for transformers, which refuses a conversation that the spec cannot hold. None where
+    it is no conversation: plain text, or several columns."""
+    columns = set(NAME.findall(spec["prompt_format"]))
+    if spec["template"] == "text" or len(columns) > 1 or (spec["response_format"] and not columns):
+        return None
+    if not columns and spec["template"] == "chat":
+        return ("{% for m in messages %}{{ '<|endoftext|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
+                "{{ '<|endoftext|>' }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
+    mark = "\0"
+    wording = alpaca_prompt(mark, "")
+    if columns:
+        wording = NAME.sub(mark, spec["prompt_format"])
+    pieces = [f"{{{{ {json.dumps(piece, ensure_ascii=False)} }}}}" for piece in wording.split(mark)]
+    return (REFUSE + "{{ messages[0]['content'] }}".join(pieces)
+            + "{% if messages | length == 2 %}{{ messages[1]['content'] + '<|endoftext|>' }}{% endif %}")
+
+
+def tokenizer_files(encoding):
+    """{file name: text} of GPT-2's vocab.json and merges.txt, recovered from tiktoken's ranks: the two parts of a token
+    are what byte-pair encoding leaves of its bytes when it may use earlier ranks alone."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+
+    def spell(token):
+        return "".join(letters[byte] for byte in token)
+
+    ranks, merges = encoding._mergeable_ranks, ["#version: 0.2"]
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
+            first = pairs.index(min(pairs))
+            parts[first:first + 2] = [parts[first] + parts[first + 1]]
+        if len(parts) == 2:
+            merges.append(f"{spell(parts[0])} {spell(parts[1])}")
+    vocabulary = {spell(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": encoding.eot_token}
+    return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
