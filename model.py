@@ -40,7 +40,7 @@ class Packing(NamedTuple):
     position_ids: torch.Tensor  # (N,) each token's place in its own sequence
     shape: tuple[int, int]  # B, T
     index: torch.Tensor | None = None  # (N,) each token's place in the flattened grid; None: the grid has no gaps
-    cu_seqlens: torch.Tensor | None = None  # (B + 1,) int32, where sequences begin and end; attention needs no grid then
+    cu_seqlens: torch.Tensor | None = None  # (B + 1,) int32, where sequences begin and end; then no grid is needed
     mask: torch.Tensor | None = None  # (B, 1, 1, S) cached keys that each row sees; None: causal attention
 
     @classmethod
@@ -179,7 +179,7 @@ class LoraLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout = alpha / rank, dropout
+        self.rank, self.scale, self.dropout = rank, alpha / rank, dropout
         options = dict(device=base.weight.device, dtype=base.weight.dtype)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
@@ -203,16 +203,6 @@ def at_least_float32(x):
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
-
-class Cache(NamedTuple):
-    """The keys and values of the tokens so far."""
-    state: torch.Tensor  # (2, n_layer, B, n_head, S, head_dim)
-    lengths: torch.Tensor  # (B,) tokens in each row, on the CPU
-
-    def select(self, rows):
-        """The cache of these rows, which may repeat."""
-        return Cache(self.state[:, :, rows], self.lengths[rows])
-
 
 class GPT(nn.Module):
     """GPT-2 with freshly initialised weights in float32."""
@@ -242,7 +232,7 @@ class GPT(nn.Module):
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, packing, use_reentrant=False)
             else:
-                x = block(x, packing, None if cache is None else cache.state[:, i])
+                x = block(x, packing, None if cache is None else cache[:, i])
         return self.ln_f(x)
 
     def logits(self, x):
@@ -265,7 +255,7 @@ class GPT(nn.Module):
         idx: int64 token ids, (B, T); or (N,) with `lengths`: sequences of these lengths end to end, each of which sees
         only itself. targets: the id that follows each token, in idx's shape; best left on the CPU.
         Returns logits of idx's shape + (vocab_size,), shifted as `logits` says; or the loss, a scalar; or, with
-        reduction="none", the loss of each target that is not IGNORE_INDEX, in order. float32; float64 for a float64 model.
+        reduction="none", the loss of each target that is not IGNORE_INDEX, in order. float32, or the model's float64.
         """
         device = self.wte.weight.device
         if lengths is None:
@@ -295,26 +285,24 @@ class GPT(nn.Module):
     # ---- generation ----
 
     def prefill(self, prompts, new_tokens):
-        """Reads prompts, lists of ids of any lengths. Returns the hidden state at the end of each, (B, C), and a Cache
-        with room for `new_tokens` more."""
-        config, weight = self.config, self.wte.weight
-        longest = max(map(len, prompts))
+        """Reads prompts, lists of ids of any lengths. Returns the hidden state at the end of each, (B, C); the cache of
+        keys and values, (2, n_layer, B, n_head, S, head_dim), with room for `new_tokens` more; the lengths, (B,)."""
+        config, weight, longest = self.config, self.wte.weight, max(map(len, prompts))
         if not 0 < min(map(len, prompts)) <= longest <= config.block_size:
             raise UserError(f"the prompt has {longest:,} tokens, the context {config.block_size:,}: shorten it")
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        shape = (2, config.n_layer, len(prompts), config.n_head, min(config.block_size, longest + new_tokens),
-                 config.n_embd // config.n_head)
-        cache = Cache(torch.zeros(shape, dtype=weight.dtype, device=weight.device), lengths)
+        cache = weight.new_zeros(2, config.n_layer, len(prompts), config.n_head,
+                                 min(config.block_size, longest + new_tokens), config.n_embd // config.n_head)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)  # (N,)
         x = self.hidden(ids, Packing.of(lengths, weight.device), cache)
-        return x.index_select(0, (lengths.cumsum(0) - 1).to(weight.device)), cache
+        return x.index_select(0, (lengths.cumsum(0) - 1).to(weight.device)), cache, lengths
 
-    def decode(self, ids, cache):
-        """Reads one more token a row, ids (B,). Returns the hidden state, (B, C), and the Cache with these tokens."""
-        position = cache.lengths.clamp(max=cache.state.size(4) - 1)  # rows that have ended stay within the cache
+    def decode(self, ids, cache, lengths):
+        """Reads one more token a row, ids (B,), into the cache. Returns the hidden state, (B, C)."""
+        position = lengths.clamp(max=cache.size(4) - 1)  # rows that have ended stay within the cache
         seen = torch.arange(int(position.max()) + 1) <= position[:, None]  # (B, S)
         packing = Packing(position.to(ids.device), (len(ids), 1), mask=seen[:, None, None].to(ids.device))
-        return self.hidden(ids, packing, cache), Cache(cache.state, cache.lengths + 1)
+        return self.hidden(ids, packing, cache)
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, stop=None, n_vocab=None,
@@ -325,42 +313,37 @@ class GPT(nn.Module):
         A row ends with `stop` (which is yielded), after max_new_tokens, or when the context is full. temperature 0
         takes the most likely token; top_k > 0 and top_p < 1 cut the distribution; ids from n_vocab on are never drawn.
         """
-        x, cache = self.prefill(prompts, max_new_tokens)
+        x, cache, lengths = self.prefill(prompts, max_new_tokens)
         rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: it has ended
         for step in range(max_new_tokens):
             logits = at_least_float32(self.logits(x)[:, :n_vocab])
             drawn = draw(logits, temperature, top_k, top_p, generator)  # (B,)
             ids = dict(zip(rows, drawn.tolist(), strict=True))
             yield [ids.get(row) for row in range(len(prompts))]
-            full = (cache.lengths == cache.state.size(4)).tolist()
+            full = (lengths == cache.size(4)).tolist()
             rows = [None if ids[row] == stop or ended else row for row, ended in zip(rows, full, strict=True)]
             left = [place for place, row in enumerate(rows) if row is not None]
             if not left or step + 1 == max_new_tokens:
                 return
             if len(left) <= len(rows) // 2:  # to copy the cache pays once half of its rows have ended
-                rows, drawn, cache = [rows[place] for place in left], drawn[left], cache.select(left)
-            x, cache = self.decode(drawn, cache)
+                rows, drawn, cache, lengths = [rows[i] for i in left], drawn[left], cache[:, :, left], lengths[left]
+            x, lengths = self.decode(drawn, cache, lengths), lengths + 1
 
     @torch.inference_mode()
     def log_likelihood(self, prompts, answers):
         """The log-probability of each of `answers` after each of `prompts`, lists of ids: (len(prompts), len(answers)),
         float32, summed over an answer's tokens. Every prompt is read once."""
-        longest = max(map(len, answers))
-        x, cache = self.prefill(prompts, longest)
-        pairs = [row for row in range(len(prompts)) for _ in answers]  # a row for every prompt and answer
-        x, cache = x[pairs], cache.select(pairs)
-        ids = torch.zeros(len(answers), longest, dtype=torch.long)
-        counted = torch.zeros(len(answers), longest)
-        for row, answer in enumerate(answers):
-            ids[row, :len(answer)] = torch.tensor(answer)
-            counted[row, :len(answer)] = 1
-        ids, counted = (table.repeat(len(prompts), 1).to(x.device) for table in (ids, counted))  # (pairs, longest)
+        x, cache, lengths = self.prefill(prompts, max(map(len, answers)))
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], True, padding_value=-1)
+        ids = ids.repeat(len(prompts), 1).to(x.device)  # (pairs, longest answer): a row for every prompt and answer
+        pairs = torch.arange(len(prompts)).repeat_interleave(len(answers))
+        x, cache, lengths = x[pairs], cache[:, :, pairs], lengths[pairs]
         total = torch.zeros(len(pairs), device=x.device)
-        for step in range(longest):
+        for step, token in enumerate(ids.unbind(1)):
+            if step > 0:
+                x, lengths = self.decode(ids[:, step - 1].clamp(min=0), cache, lengths), lengths + 1
             log_probabilities = at_least_float32(self.logits(x)).log_softmax(-1)
-            total += log_probabilities.gather(1, ids[:, step, None]).squeeze(1) * counted[:, step]
-            if step + 1 < longest:
-                x, cache = self.decode(ids[:, step], cache)
+            total += log_probabilities.gather(1, token.clamp(min=0)[:, None]).squeeze(1) * (token >= 0)
         return total.view(len(prompts), len(answers))
 
     # ---- LoRA ----
@@ -390,8 +373,7 @@ class GPT(nn.Module):
         state = state or dict(self.named_parameters())
         lora = {name: module for name, module in self.named_modules() if isinstance(module, LoraLinear)}
         first = next(iter(lora.values()))
-        rank = first.lora_A.size(0)
-        write_adapter(directory, base, rank, first.scale * rank, first.dropout, {
+        write_adapter(directory, base, first.rank, first.scale * first.rank, first.dropout, {
             name: {part: state[f"{name}.{part}"] for part in ("lora_A", "lora_B")} for name in lora})
 
     def load_adapter(self, directory):
@@ -427,13 +409,11 @@ class GPT(nn.Module):
         numbers["n_layer"] = min(numbers["n_layer"], len(state) + 1)  # enough to miss some
         with torch.device("meta"):  # no memory and no initial values for what the file fills
             model = cls(GPTConfig(**numbers, dropout=dropout))
-        expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        for name in sorted(expected.keys() | found.keys()):
-            if expected.get(name) != found.get(name):
-                raise UserError(f"{path} does not fit config.json: {name} is {found.get(name, 'missing')}, expected "
-                                f"{expected.get(name, 'no such tensor')}; this is no GPT-2, or a broken file")
-        model.load_state_dict(state, assign=True)
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:  # its second line names the tensors that are missing, alien or of another shape
+            raise UserError(f"{path} does not fit config.json: {str(error).splitlines()[1].strip()[:200]}; this is no "
+                            "GPT-2, or a broken file") from None
         return model.requires_grad_(True)
 
     def save_pretrained(self, directory, state=None):

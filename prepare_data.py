@@ -19,24 +19,22 @@ import shlex
 import shutil
 import sys
 import tempfile
-import time
 import urllib.parse
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, groupby
 from pathlib import Path
 
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
-from nanosft.records import UNREADABLE, open_text, read_records, to_messages, whole
-from nanosft.shards import FORMAT_VERSION, START, SUPERVISED, ShardWriter, write_meta
-from nanosft.templates import EOT, as_rendered, encode, fingerprints, get_encoding, join, render
+from nanosft.records import UNREADABLE, batched, open_text, read_records, to_messages, whole
+from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
+from nanosft.templates import as_rendered, blocks, encode_all, fingerprints, get_encoding, render, tokenise, truncate
 
 OURS = re.compile(r"meta\.json|test\.jsonl|(train|val)_\d{5}\.npy")  # what an out_dir may hold to be written anew
-KINDS = {"text": "text", "prompt": "prompt"}  # by the role of the first message; all others are conversations
 SEVERAL = "conversations of several turns"
 CHUNK = 2048  # records rendered and encoded at a time
 PIECE = 1_000_000  # characters of a document tokenised at a time
@@ -88,44 +86,13 @@ def fetch(source, directory):
     name, path = Path(urllib.request.url2pathname(source.split("?")[0])).name, Path(directory) / "download"
     print(f"downloading {source}", flush=True)
     try:
-        with urllib.request.urlopen(urllib.parse.quote(source, safe=":/?&=%#"), timeout=60) as response:
-            with open(path, "wb") as file:
-                shutil.copyfileobj(response, file, 1 << 20)
-            if response.length:  # what the server announced and did not send
-                raise OSError("it broke off")
+        urllib.request.urlretrieve(urllib.parse.quote(source, safe=":/?&=%#"), path)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise UserError(f"--input: cannot download {source} ({error}); check the address and try again") from None
     return path, name
 
 
-def batched(items, size):
-    """Lists of up to `size` of what an iterable yields."""
-    items = iter(items)
-    return iter(lambda: list(islice(items, size)), [])
-
-
 # ---- encoding -------------------------------------------------------------------------------------------------------
-
-def encode_all(encoding, texts, pool):
-    """Yields the ids of each text, in order. A thread takes a run of texts: to hand over single short ones costs more
-    than to encode them."""
-    runs = batched(texts, max(1, len(texts) // (2 * os.cpu_count())))
-    yield from chain.from_iterable(pool.map(lambda run: [encoding.encode_ordinary(text) for text in run], runs))
-
-
-def blocks(parts, block_size):
-    """Yields one long text, lists of ids, as examples of at most block_size + 1 tokens. All but the first begin with the
-    last token of the one before, so that every token but the very first is predicted exactly once."""
-    waiting, flags = [], bytes([START]) + bytes([SUPERVISED]) * block_size
-    for ids in parts:
-        waiting += ids
-        start = 0
-        while len(waiting) - start > block_size + 1:
-            yield waiting[start:start + block_size + 1], flags
-            start += block_size
-        del waiting[:start]
-    yield waiting, flags[:len(waiting)]
-
 
 def pieces_of(text):
     """Yields a document in pieces of at least PIECE characters, each but the first from a newline on."""
@@ -149,7 +116,7 @@ def encode_document(path, name, config, encoding, pool):
     for split, part in (("train", text[:n_train]), ("val", text[n_train:n_train + n_val])):
         # a few pieces at a time: the ids of a text need ten times its memory
         groups = batched((whole(piece, name) for piece in pieces_of(part)), 8)
-        encoded = chain.from_iterable(encode_all(encoding, group, pool) for group in groups)
+        encoded = chain.from_iterable(tokenise(group, encoding, pool) for group in groups)
         if part:
             yield split, None, blocks(chain(eot, encoded, eot), config.block_size)
     if n_test:
@@ -159,13 +126,13 @@ def encode_document(path, name, config, encoding, pool):
 def answered_part(messages, report):
     """The messages up to the last answer, or [] where nothing is asked or answered; `report` counts what goes."""
     asked = [fields for role, fields in messages if role == "user"]
+    kept = list(messages)
+    while kept and kept[-1][0] in ("system", "user"):
+        kept.pop()
     if asked and not any(value.strip() for fields in asked for value in fields.values()):
         report["dropped: no question"] += 1
         return []
     report[SEVERAL] += len(asked) > 1
-    kept = list(messages)
-    while kept and kept[-1][0] in ("system", "user"):
-        kept.pop()
     if not kept or not any(value.strip() for value in kept[-1][1].values()):
         report["dropped: no answer, or empty"] += 1
         return []
@@ -173,14 +140,14 @@ def answered_part(messages, report):
     return kept
 
 
-def rendered(records, name, spec, report):
-    """Yields (record, messages, segments) for each record that has something to learn."""
+def render_all(path, name, spec, report):
+    """Yields (record, messages, segments) for each record that has something to learn. All must be of one kind."""
     first_kind = None
-    for location, record in records:
+    for location, record in read_records(path, name):
         report["records"] += 1
         try:
             messages = to_messages(record, spec)
-            kind = KINDS.get(messages[0][0], "conversation")
+            kind = messages[0][0] if messages[0][0] in ("text", "prompt") else "conversation"
             if kind == "prompt" and not spec["response_format"] and "completion" not in record:
                 kind = "prompt with 'response'"
             first_kind = first_kind or kind
@@ -193,41 +160,26 @@ def rendered(records, name, spec, report):
             raise UserError(f"{name}, {location}: {error}") from None
 
 
-def shorten(messages, excess, encoding):
-    """`messages` with up to `excess` tokens less in the longest field of the user's, or [] where all are empty."""
-    fields = [(encoding.encode_ordinary(value), index, key) for index, (role, fields) in enumerate(messages)
-              if role in ("user", "prompt") for key, value in fields.items() if isinstance(value, str)]
-    ids, index, key = max(fields, key=lambda field: len(field[0]), default=([], 0, ""))
-    if not ids:
-        return []
-    role, values = messages[index]
-    text = encoding.decode_bytes(ids[:-excess]).decode("utf-8", errors="ignore")
-    return [*messages[:index], (role, {**values, key: text}), *messages[index + 1:]]
-
-
 def encode_records(records, config, spec, encoding, pool, report):
-    """Yields (split, record, examples) for each of what `rendered` yields that stays; `report` counts what does not."""
-    seen, limit = set(), config.block_size + 1
+    """Yields (split, record, examples) for each of `render_all`'s that stays; `report` counts the others."""
+    seen, max_tokens = set(), config.block_size + 1
     for chunk in batched(records, CHUNK):
-        texts = [text for _, _, segments in chunk for text, _ in segments if text is not EOT]
-        encoded = encode_all(encoding, texts, pool)
-        for record, messages, segments in chunk:
-            ids, flags = join(segments, encoded, encoding.eot_token, config.train_on_prompt)
-            share, digest = fingerprints(segments, config.seed)  # of the whole prompt, also where that is shortened
-            is_text, is_truncated = messages[0][0] == "text", False
-            while config.overlong == "truncate" and messages and len(ids) > limit and not is_text:
-                messages, is_truncated = shorten(messages, len(ids) - limit, encoding), True
-                if messages:
-                    segments = render(messages, spec)
-                    ids, flags = encode(segments, encoding, config.train_on_prompt)
-                    _, digest = fingerprints(segments, config.seed)
-            if len(ids) > limit and not is_text:
+        status(f"{report['records']:,} records")
+        encoded = encode_all([segments for *_, segments in chunk], encoding, pool, config.train_on_prompt)
+        for (record, messages, segments), (ids, flags) in zip(chunk, encoded, strict=True):
+            share, digest = fingerprints(segments, config.seed)
+            is_text, is_long = messages[0][0] == "text", len(ids) > max_tokens
+            if is_long and not is_text and config.overlong == "truncate":
+                # by its whole prompt it is split, by what is left of it told from others
+                segments, ids, flags = truncate(messages, max_tokens, spec, encoding, config.train_on_prompt)
+                _, digest = fingerprints(segments, config.seed)
+            if len(ids) > max_tokens and not is_text:
                 report[f"dropped: longer than --block_size={config.block_size}"] += 1
             elif digest in seen:
                 report["dropped: exact duplicates"] += 1
             else:
                 seen.add(digest)
-                report[f"truncated to --block_size={config.block_size}"] += is_truncated
+                report[f"truncated to --block_size={config.block_size}"] += is_long and not is_text
                 split = "train"
                 if share < config.test_fraction + config.val_fraction:
                     split = "test" if share < config.test_fraction else "val"
@@ -236,11 +188,11 @@ def encode_records(records, config, spec, encoding, pool, report):
 
 # ---- output ---------------------------------------------------------------------------------------------------------
 
-def write_shards(parts, work, config, encoding, report):
+def write_shards(parts, work, config, encoding):
     """Writes the shards and test.jsonl of `parts`, (split, record, examples). Returns the counts of each split, the
     examples to show and the first record."""
     writers = {split: ShardWriter(work, split, encoding.n_vocab, config.shard_tokens) for split in ("train", "val")}
-    shown, first, n_test, started, told = [], None, 0, time.perf_counter(), 1.0
+    shown, first, n_test = [], None, 0
     # half a surrogate pair, which a field that is not used may hold, stays the escape that it was
     with open(work / "test.jsonl", "w", encoding="utf-8", errors="backslashreplace") as test_file:
         for split, record, examples in parts:
@@ -253,11 +205,6 @@ def write_shards(parts, work, config, encoding, report):
                 writers[split].add(ids, flags)
                 if split == "train" and len(shown) < config.show:
                     shown.append((ids, flags))
-            seconds = time.perf_counter() - started
-            if seconds > told:
-                told = seconds + 0.5
-                tokens = sum(writer.counts["tokens"] for writer in writers.values())
-                status(f"{report['records']:,} records, {tokens:,} tokens, {tokens / seconds:,.0f} a second")
     for writer in writers.values():
         writer.close()
     return {"train": writers["train"].counts, "val": writers["val"].counts, "test": {"examples": n_test}}, shown, first
@@ -312,11 +259,10 @@ def print_report(meta, report, out_dir):
     if not meta["val"]["examples"]:
         print("warning: the validation split is empty; train.py then keeps the last weights, not the best "
               "(--val_fraction, or more records)")
-    wording = "your formats" if meta["prompt"]["response_format"] else f"{meta['prompt']['template']} template"
-    command = "python train.py"
-    if out_dir != Path("data/demo"):
-        command = shlex.join([*command.split(), f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"])
-    print(f"wrote {out_dir} ({meta['encoding']} encoding, {wording}); next: {command}")
+    template = "your formats" if meta["prompt"]["response_format"] else f"{meta['prompt']['template']} template"
+    flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
+    command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
+    print(f"wrote {out_dir} ({meta['encoding']} encoding, {template}); next: {command}")
 
 
 def main(config):
@@ -336,14 +282,14 @@ def main(config):
         if kind.lower() == ".txt":
             parts = encode_document(path, name, config, encoding, pool)
         else:
-            records = rendered(read_records(path, name), name, spec, report)
+            records = render_all(path, name, spec, report)
             parts = encode_records(records, config, spec, encoding, pool, report)
         # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
         place = out_dir.resolve()
         work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
         work.mkdir(parents=True)
         try:
-            counts, shown, first = write_shards(parts, work, config, encoding, report)
+            counts, shown, first = write_shards(parts, work, config, encoding)
             if not counts["train"]["examples"]:
                 why = ", ".join(f"{count} {reason}" for reason, count in report.items() if count) or "it is empty"
                 raise UserError(f"--input: {name} leaves nothing to train on ({why})")

@@ -166,8 +166,8 @@ def prompt_messages(text, config, spec):
         return to_messages(record, spec, answered=False)
     except (ValueError, RecursionError):
         example = ", ".join(f'"{name}": "..."' for name in columns)
-        raise UserError(f"--prompt: this model reads the columns {', '.join(columns)}; give a JSON object with a text "
-                        f"for each, '{{{example}}}'") from None
+        raise UserError(f"--prompt: this model reads the columns {', '.join(columns)}; give a JSON object, "
+                        f"'{{{example}}}'") from None
 
 
 def stream(loaded, prompt, config):
@@ -237,20 +237,20 @@ def read_prompts(path, loaded, system):
         raise UserError(f"--file: {path} is not there; prepare_data.py leaves the held-out records in test.jsonl")
     records, prompts, references = [], [], []
     for location, record in read_records(path, path.name):
+        records.append(record)
         try:
             messages, reference = to_messages(record, loaded.spec, answered=False), None
             if messages[-1][0] in ("assistant", "completion"):
                 _, fields = messages.pop()
                 reference = next(iter(fields.values())) or None
             if not messages or messages[0][0] == "text":
-                raise UserError("nothing is asked before an answer; give each record a prompt")
+                raise UserError("nothing is asked before the answer; give each record a prompt")
             if system and messages[0][0] == "user":
                 messages.insert(0, ("system", {"content": system}))
             prompts.append(loaded.prompt_ids(messages))
+            references.append(reference)
         except UserError as error:
             raise UserError(f"{path.name}, {location}: {error}") from None
-        records.append(record)
-        references.append(reference)
     if not records:
         raise UserError(f"--file: {path} holds no records; give one that does")
     return records, prompts, references
@@ -319,14 +319,10 @@ def export(loaded, directory):
         for name, text in tokenizer_files(loaded.encoding).items():
             with atomic_file(directory / name) as file:
                 file.write(text.encode())
-        settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": loaded.model.config.block_size,
-                    "add_prefix_space": False}
-        for name in ("bos", "eos", "unk", "pad"):
-            settings[f"{name}_token"] = "<|endoftext|>"
-        template = chat_template(loaded.spec) if loaded.spec else None
-        if template:
-            settings["chat_template"] = template
-        write_json(directory / "tokenizer_config.json", settings)
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+        write_json(directory / "tokenizer_config.json", {
+            "tokenizer_class": "GPT2Tokenizer", "model_max_length": loaded.model.config.block_size, **special,
+            "add_prefix_space": False, "chat_template": chat_template(loaded.spec) if loaded.spec else None})
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
 

@@ -18,7 +18,6 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,25 +85,24 @@ class TrainConfig:
     seed: int = 1337  # of weights, order and dropout
 
     def __post_init__(self):
-        one = ("n_layer", "n_head", "n_embd", "batch_size")
-        zero = ("micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate", "min_lr",
-                "warmup_steps", "weight_decay", "seed", "grad_clip", "log_interval", "lora_rank", "lora_alpha")
+        at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size"), 1)
+        at_least |= dict.fromkeys(("eval_interval", "save_interval"), -1)
+        at_least |= dict.fromkeys((
+            "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate", "min_lr",
+            "warmup_steps", "weight_decay", "grad_clip", "log_interval", "lora_rank", "lora_alpha", "seed"), 0)
         problems = []
         if self.low_memory and self.beta2 > 0.99:
             problems.append(f"--low_memory: needs --beta2=0.99 or less, not {self.beta2}: bfloat16 is coarse")
         if self.overwrite and self.resume:
             problems.append("--overwrite: goes on with nothing: give it or --resume")
-        check(self, at_least={**dict.fromkeys(one, 1), **dict.fromkeys(zero, 0), "eval_interval": -1,
-                              "save_interval": -1},
-              fractions=("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2"),
-              choices={"lr_schedule": ("cosine", "linear", "constant"), "compile": ("auto", "on", "off"),
-                       "dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems=problems)
+        check(self, at_least, ("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2"), {
+            "lr_schedule": ("cosine", "linear", "constant"), "compile": ("auto", "on", "off"),
+            "dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems)
 
 
 # what --resume may change; everything else decides which numbers come out
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens", "epochs", "max_steps", "max_minutes",
-              "eval_interval", "save_interval", "log_interval", "device", "compile", "wandb",
-              "gradient_checkpointing"}
+              "eval_interval", "save_interval", "log_interval", "device", "compile", "wandb", "gradient_checkpointing"}
 
 
 @dataclass
@@ -119,31 +117,30 @@ class RunState:
     optimizer: AdamW | None = None  # masters and moments
 
 
-# ---- plan -----------------------------------------------------------------------------------------------------------
-
-class Plan(NamedTuple):
-    """The lengths of a run in optimizer steps, and what follows from them."""
-    steps: int  # if no time limit comes first
-    steps_per_epoch: int
+@dataclass
+class Run:
+    """All that a run works with."""
+    config: TrainConfig
+    meta: dict  # of the data
+    data: Shards
+    val: Shards
+    model: GPT
+    base: dict  # what training began with
+    state: RunState
+    steps: int  # that are planned, if no time limit comes first
     learning_rate: float  # the peak
-    max_tokens: int  # in one forward pass
+    max_tokens: int  # of a micro-batch
 
 
-def make_plan(config, from_scratch, lengths, device):
-    longest, steps_per_epoch = int(lengths.max()), math.ceil(len(lengths) / config.batch_size)
-    steps = math.ceil((config.epochs or (8 if from_scratch else 2)) * steps_per_epoch)
-    if config.max_steps:
-        steps = min(steps, config.max_steps) if config.epochs else config.max_steps
-    if from_scratch:
-        learning_rate = 2e-3
-    else:
-        learning_rate = 2e-4 if config.lora_rank else 5e-5
-    # a CPU is busy with 2,048 tokens; none needs more than the longest step holds
-    max_tokens = min(2048, config.batch_size * longest) if device.type == "cpu" else 16384
-    max_tokens = config.micro_batch_tokens or max(max_tokens, longest)
-    if max_tokens < longest:
-        raise UserError(f"--micro_batch_tokens={max_tokens} is below the longest example, {longest} tokens: raise it")
-    return Plan(steps, steps_per_epoch, config.learning_rate or learning_rate, max_tokens)
+# ---- the length of a run --------------------------------------------------------------------------------------------
+
+def planned_steps(config, n_examples, from_scratch):
+    """How many optimizer steps the epochs make, or --max_steps if that is all there is, or less."""
+    if config.max_steps and not config.epochs:
+        return config.max_steps
+    epochs = config.epochs or (8 if from_scratch else 2)
+    steps = math.ceil(epochs * math.ceil(n_examples / config.batch_size))
+    return min(steps, config.max_steps or steps)
 
 
 def steps_in_time(planned, step, seconds_left, step_seconds):
@@ -194,37 +191,24 @@ def build_model(config, meta, checkpoint):
                         f"prepare the data with --block_size={context}")
     model.config.eos_token_id = meta["eot"]
     if config.lora_rank:
-        base["sha256"] = adapter_base(init_from, checkpoint)
+        path = locate(init_from)
+        if path.name == "adapter_config.json":
+            raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
+                            f"python sample.py --model={shlex.quote(init_from)} --export=DIRECTORY")
+        base["sha256"] = sha256_of(path)
+        if checkpoint and checkpoint["base"]["sha256"] != base["sha256"]:
+            raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with "
+                            "--init_from")
         model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","))
     return model, base
-
-
-def adapter_base(init_from, checkpoint):
-    """The sha256 of the weights that an adapter is trained on; UserError where they are an adapter, or have changed."""
-    path = locate(init_from)
-    if path.name == "adapter_config.json":
-        raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
-                        f"python sample.py --model={shlex.quote(init_from)} --export=DIRECTORY")
-    sha256 = sha256_of(path)
-    if checkpoint and checkpoint["base"]["sha256"] != sha256:
-        raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with --init_from")
-    return sha256
 
 
 def open_run(config):
     """(config, checkpoint's values, its tensors) of a run that goes on; (config, None, None) of a new one. A run that
     is there is never overwritten unasked."""
-    out_dir = Path(config.out_dir)
+    out_dir, init_from = Path(config.out_dir), Path(config.init_from).resolve()
     if config.resume:
-        values, tensors = load_checkpoint(out_dir / "ckpt.pt")
-        with undamaged(out_dir / "ckpt.pt"):
-            saved = TrainConfig(**values["config"])
-        config = resumed(config, saved, out_dir)
-        if not (Path(config.data_dir) / "meta.json").exists():
-            raise UserError(f"--resume: the run's data are not in {config.data_dir}, as seen from here: say with "
-                            "--data_dir where they are now")
-        return config, values, tensors
-    init_from = Path(config.init_from).resolve()
+        return resume(config, out_dir)
     if config.overwrite and config.init_from and out_dir.resolve() in (init_from, *init_from.parents):
         raise UserError(f"--init_from={config.init_from} lies in --out_dir={out_dir}, which --overwrite clears: name "
                         "another --out_dir")
@@ -235,29 +219,36 @@ def open_run(config):
     return config, None, None
 
 
-def resumed(config, saved, out_dir):
-    """The config of the checkpoint with those of this command line's flags that may change."""
-    names = [field.name for field in dataclasses.fields(config)]
-    changed = {name for name in names if getattr(config, name) != getattr(TrainConfig(), name)}
-    flags = {name: getattr(config, name) for name in getattr(config, "given", changed)}
-    fixed = []
-    for name, value in flags.items():
+def resume(config, out_dir):
+    """What open_run returns for a checkpoint: its config, with those of this command line's flags that may change."""
+    values, tensors = load_checkpoint(out_dir / "ckpt.pt")
+    with undamaged(out_dir / "ckpt.pt"):
+        saved = TrainConfig(**values["config"])
+    default, changes, fixed = TrainConfig(), {"resume": True, "overwrite": False}, []
+    for name, value in dataclasses.asdict(config).items():
         before = getattr(saved, name)
         moved_base = name == "init_from" and saved.lora_rank  # its hash decides
-        if name not in MAY_CHANGE and value != before and not moved_base:
+        is_given = name in config.given if hasattr(config, "given") else value != getattr(default, name)
+        if is_given and (name in MAY_CHANGE or moved_base):
+            changes.setdefault(name, value)
+        elif is_given and value != before:
             fixed.append(f"--{name}={value} (it ran with {before})")
     if fixed:
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
                         f"from its weights with --init_from={out_dir}")
-    return dataclasses.replace(saved, **{**flags, "resume": True, "overwrite": False})
+    config = dataclasses.replace(saved, **changes)
+    if not (Path(config.data_dir) / "meta.json").exists():
+        raise UserError(f"--resume: the run's data are not in {config.data_dir}, as seen from here: say with "
+                        "--data_dir where they are now")
+    return config, values, tensors
 
 
 def warm_up(run, device):
     """Runs the largest micro-batch that the run can meet forward and backward: what does not fit fails now, not after
     hours, and torch.compile falls back if it must. Returns the tokens of a micro-batch, halved on CUDA until it fits,
     and about the seconds that a token takes."""
-    data, max_tokens, mode = run.data, run.plan.max_tokens, run.config.compile
-    compiled = mode == "on" or (mode == "auto" and device.type == "cuda" and run.plan.steps >= 500)
+    data, max_tokens, mode = run.data, run.max_tokens, run.config.compile
+    compiled = mode == "on" or (mode == "auto" and device.type == "cuda" and run.steps >= 500)
     if compiled:
         for block in run.model.h:
             block.compile(dynamic=True)
@@ -306,8 +297,8 @@ def accumulate(model, optimizer, batches, supervised):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Within it there is no dropout and no gradient, and a compiled model runs eager: it would be compiled anew for every
-    shape."""
+    """Within it there is no dropout and no gradient, and a compiled model runs eager: it would be compiled anew for
+    every shape."""
     model.eval()
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         yield
@@ -353,14 +344,14 @@ def save_state(run):
     state = {name: value for name, value in vars(run.state).items() if name != "optimizer"}
     values = {"state": state, "config": dataclasses.asdict(run.config), "data": run.meta["checksum"],
               "model_config": vars(run.model.config), "base": run.base, "dtype": str(run.state.optimizer.dtype)[6:],
-              "steps": run.plan.steps}
+              "steps": run.steps}
     save_checkpoint(Path(run.config.out_dir) / "ckpt.pt", values, run.state.optimizer.state_dict())
 
 
 @contextlib.contextmanager
 def interrupts():
     """Yields a list of the signals that ask this process to end (SIGINT, SIGTERM, a closing terminal's SIGHUP), so that
-    the step can end and be saved. A second SIGINT or SIGTERM kills, unless there are several processes: torchrun repeats
+    the step can end and be saved. A second SIGINT or SIGTERM kills, but not one of several processes: torchrun repeats
     what the terminal has sent to all of them. What is ignored (nohup) stays ignored."""
     caught, before = [], {}
 
@@ -394,54 +385,52 @@ def main(config):
             return train(config, device)
 
 
-class Setup(NamedTuple):
-    """All that a run works with."""
-    config: TrainConfig
-    meta: dict  # of the data
-    data: Shards
-    val: Shards
-    model: GPT
-    base: dict  # what training began with
-    plan: Plan
-    state: RunState
-
-
 def set_up(config, device):
     """Reads the data and the weights, and restores a checkpoint. Changes nothing on disk."""
     config, values, tensors = open_run(config)
-    meta, path = load_meta(config.data_dir), Path(config.out_dir) / "ckpt.pt"
+    meta = load_meta(config.data_dir)
     if values and values["data"] != meta["checksum"]:
         raise UserError(f"--resume: {config.data_dir} is not the data that this run began with: prepare it as before, "
                         f"or start a new run with --init_from={config.out_dir}")
     torch.manual_seed(config.seed)
     data, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
-    dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
+    longest = int(data.lengths.max())
+    # a CPU is busy with 2,048 tokens; none needs more than the longest step holds
+    max_tokens = min(2048, config.batch_size * longest) if device.type == "cpu" else 16384
+    max_tokens = config.micro_batch_tokens or max(max_tokens, longest)
+    if max_tokens < longest:
+        raise UserError(f"--micro_batch_tokens={max_tokens} is below the longest example, {longest} tokens: raise it")
     model, base = build_model(config, meta, values)
-    model.to(device, torch.float64 if dtype == torch.float64 else None).gradient_checkpointing = (
-        config.gradient_checkpointing)
-    plan = make_plan(config, base["name"] == "scratch", data.lengths, device)
+    model.gradient_checkpointing = config.gradient_checkpointing
+    dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
+    model.to(device, torch.promote_types(dtype, torch.float32))  # of the masters
     state = RunState(optimizer=AdamW(model, dtype, (config.beta1, config.beta2), config.weight_decay,
                                      config.low_memory))
+    from_scratch = base["name"] == "scratch"
+    steps = planned_steps(config, len(data), from_scratch)
+    learning_rate = config.learning_rate or (2e-3 if from_scratch else 2e-4 if config.lora_rank else 5e-5)
     if values:
-        with undamaged(path):
+        with undamaged(Path(config.out_dir) / "ckpt.pt"):
             vars(state).update(values["state"])
             state.optimizer.load_state_dict(tensors)
-        if plan.steps != values["steps"]:
-            print(f"the run now has {plan.steps:,} steps instead of {values['steps']:,}: from here on the learning "
-                  "rate follows the new length")
-    return Setup(config, meta, data, val, model, base, plan, state)
+        if steps != values["steps"]:
+            print(f"the run now has {steps:,} steps instead of {values['steps']:,}: from here on the learning rate "
+                  "follows the new length")
+    return Run(config, meta, data, val, model, base, state, steps, learning_rate, max_tokens)
 
 
 def describe(run):
     """Prints what is trained, on what, and for how long."""
-    config, plan, parameters = run.config, run.plan, list(run.model.parameters())
+    config, parameters = run.config, list(run.model.parameters())
     total = sum(p.numel() for p in parameters)
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     share = f", {learned / 1e6:,.2f} M of them trainable ({learned / total:.2%})" if learned < total else ""
     limit = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
     print(f"{run.base['name']}: {total / 1e6:,.1f} M parameters{share}, {str(run.state.optimizer.dtype)[6:]} on "
-          f"{parameters[0].device}\n{config.data_dir}: {len(run.data):,} training, {len(run.val):,} validation examples\n"
-          f"{plan.steps:,} steps of {config.batch_size} examples, learning rate {plan.learning_rate:g}{limit}", flush=True)
+          f"{parameters[0].device}")
+    print(f"{config.data_dir}: {len(run.data):,} training, {len(run.val):,} validation examples")
+    print(f"{run.steps:,} steps of {config.batch_size} examples, learning rate {run.learning_rate:g}{limit}",
+          flush=True)
 
 
 def begin(run, samples):
@@ -480,10 +469,11 @@ def train(config, device):
     """What main promises, in one of perhaps several processes."""
     started = time.perf_counter()
     run = set_up(config, device)
-    config, data, plan, state, optimizer = run.config, run.data, run.plan, run.state, run.state.optimizer
+    config, data, state, optimizer = run.config, run.data, run.state, run.state.optimizer
     out_dir, (rank, world_size) = Path(config.out_dir), rank_and_world_size()
     describe(run)
     max_tokens, token_seconds = warm_up(run, device)
+    token_seconds = all_reduce(token_seconds, "MAX")
     samples = report.Samples(run.val if len(run.val) else data, get_encoding(run.meta["encoding"]))
     track = begin(run, samples) if rank == 0 else None
     started -= state.elapsed  # of the run's earlier parts
@@ -497,8 +487,9 @@ def train(config, device):
     evaluation_seconds = token_seconds / 3 * float(run.val.lengths.sum()) / world_size
     began = saved = evaluated = state.elapsed = seconds()
     limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
-    total_steps = steps_in_time(plan.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
-    total_steps = max(total_steps, min(1, plan.steps))
+    steps_per_epoch = math.ceil(len(data) / config.batch_size)
+    total_steps = steps_in_time(run.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
+    total_steps = max(total_steps, min(1, run.steps))
     with interrupts() as caught:
         while state.step < total_steps and not signum:
             # the batch: the same for every process, which then takes its share
@@ -508,7 +499,7 @@ def train(config, device):
             # forward, backward and the optimizer's step
             torch.manual_seed((config.seed * 1_000_003 + state.step) * 1009 + rank)  # for dropout
             learning_rate = learning_rate_at(
-                state.step, total_steps, plan.learning_rate, config.min_lr, config.lr_schedule,
+                state.step, total_steps, run.learning_rate, config.min_lr, config.lr_schedule,
                 config.warmup_steps or round(config.warmup_ratio * total_steps))
             loss = accumulate(run.model, optimizer, batches, supervised)
             norm = optimizer.step(learning_rate, loss, config.grad_clip).item()  # waits for the device
@@ -518,10 +509,11 @@ def train(config, device):
             state.step += 1
             state.elapsed, signum = seconds(), int(all_reduce(max(caught, default=0), "MAX"))
             step_seconds = (state.elapsed - began) / (state.step - first_step)
-            total_steps = steps_in_time(plan.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
+            left = limit - state.elapsed - evaluation_seconds
+            total_steps = steps_in_time(run.steps, state.step, left, step_seconds)
             last = state.step >= total_steps
             # the log
-            row = {"step": state.step, "epoch": f"{state.step / plan.steps_per_epoch:.4f}",
+            row = {"step": state.step, "epoch": f"{state.step / steps_per_epoch:.4f}",
                    "train_loss": state.train_loss, "val_loss": "", "learning_rate": learning_rate, "grad_norm": norm,
                    "tokens": int(data.lengths[indices].sum()), "supervised_tokens": supervised,
                    "seconds": time.perf_counter() - step_started}

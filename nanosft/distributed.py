@@ -45,7 +45,7 @@ def process_group(device):
 
 
 def sum_gradients(parameters):
-    """Replaces every gradient by its sum over all processes, in its own dtype; a process without examples adds zeros."""
+    """Replaces every gradient by its sum over all processes. A process that had no examples adds zeros."""
     if rank_and_world_size()[1] == 1:
         return
     for parameter in parameters:

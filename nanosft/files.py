@@ -1,7 +1,8 @@
-"""Files that are written wholly or not at all, JSON, and a file's hash."""
+"""Files that are written wholly or not at all, JSON, checksums."""
 import hashlib
 import json
 import os
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,3 +55,12 @@ def sha256_of(path):
     """The SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def crc32_of(path):
+    """The CRC-32 of a file as 8 hexadecimal digits."""
+    crc = 0
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            crc = zlib.crc32(piece, crc)
+    return f"{crc:08x}"

@@ -23,11 +23,6 @@ ELSEWHERE = {"lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "w
 OUT_OF_MEMORY = re.compile("allocate memory|(not enough|out of) memory")  # torch's ways to say it
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message.replace("argument --", "--", 1))
-
-
 def parse_bool(text):
     if text.lower() not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -37,9 +32,9 @@ def parse_bool(text):
 def parse_config(config_class, argv=None):
     """The words of `argv` (default: the command line) as a `config_class`, whose attribute `given` names the flags that
     were set. UserError for an unknown flag or a bad value."""
-    parser = Parser(
+    parser = argparse.ArgumentParser(
         usage="python %(prog)s [--flag=value ...]", description=inspect.getmodule(config_class).__doc__,
-        allow_abbrev=False, add_help=False,
+        allow_abbrev=False, add_help=False, exit_on_error=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, min(120, terminal_width())))
     fields, group = config_class.__dataclass_fields__, parser
     for line in inspect.getsource(config_class).splitlines():
@@ -47,34 +42,36 @@ def parse_config(config_class, argv=None):
         if heading:
             group = parser.add_argument_group(heading[1])
         elif setting and setting[1] in fields:
-            field, options = fields[setting[1]], {"type": fields[setting[1]].type}
+            field = fields[setting[1]]
+            options = {"type": field.type}
             if field.type is bool:
                 options = {"type": parse_bool, "nargs": "?", "const": True}
+            if field.type is str:
+                options = {"type": os.path.expanduser}  # in --name=~/... a shell leaves the ~
             group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=setting[2].replace("%", "%%"),
                                metavar=str(field.default) or "''", **options)
     group.add_argument("--help", "-h", action="help", help="show this and leave")
     words = [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
              for word in (sys.argv[1:] if argv is None else argv)]
-    values, unknown = parser.parse_known_args(words)
+    try:
+        values, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(str(error).removeprefix("argument ")) from None
     if unknown:
         refuse_unknown(unknown[0].split("=")[0], fields)
-    values = vars(values)
-    for name, value in values.items():
-        if isinstance(value, str) and value.startswith("~/"):  # in --name=~/... a shell leaves it
-            values[name] = os.path.expanduser(value)
-    config = config_class(**values)
-    object.__setattr__(config, "given", frozenset(values))
+    config = config_class(**vars(values))
+    object.__setattr__(config, "given", frozenset(vars(values)))
     return config
 
 
 def refuse_unknown(word, fields):
-    name, remedy = word.lstrip("-"), "--help lists the flags"
+    name = word.lstrip("-")
     if not word.startswith("-"):
         raise UserError(f"unknown argument {word!r}: did you mean --{next(iter(fields))}={word}?")
-    for ours in [ELSEWHERE.get(name), *difflib.get_close_matches(name, fields, n=1)][::-1]:
-        if ours in fields:
-            remedy = f"did you mean --{ours}?"
-    raise UserError(f"unknown flag {word!r}: {remedy}")
+    close = difflib.get_close_matches(name, fields, n=1)
+    if ELSEWHERE.get(name) in fields:
+        close = [ELSEWHERE[name]]
+    raise UserError(f"unknown flag {word!r}: " + (f"did you mean --{close[0]}?" if close else "--help lists the flags"))
 
 
 def check(config, at_least=None, fractions=(), choices=None, problems=()):

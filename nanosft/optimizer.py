@@ -1,5 +1,4 @@
 """AdamW for a model whose parameters rest in the dtype that it computes in."""
-import math
 
 import torch
 
@@ -32,8 +31,8 @@ class AdamW:
                                     dtype=first.dtype, device=first.device) for _ in range(3)]
 
     def zero_grad(self, in_float32=False):
-        """Forgets the gradients. Those that come next are float32, to be summed over micro-batches or processes, or else
-        in the parameter's dtype."""
+        """Forgets the gradients. Those that come next have the parameter's dtype or, to be summed over micro-batches or
+        processes, are float32."""
         for name, p in self.parameters.items():
             p.grad = None
             p.grad_dtype = self.masters[name].dtype if in_float32 else p.dtype

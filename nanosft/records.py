@@ -27,8 +27,8 @@ def open_text(path, newline=""):
 
 
 def read_records(path, name):
-    """Yields (location, record) for every record of a .json, .jsonl, .csv or .tsv file, plain or .gz. `name` tells which
-    it is; UserError names the location of what is damaged."""
+    """Yields (location, record) for every record of a .json, .jsonl, .csv or .tsv file, plain or .gz, as its `name`
+    says. UserError names the location of what is damaged."""
     kind = Path(name.removesuffix(".gz")).suffix.lower()
     location, is_list = "line 1", False
     try:
@@ -150,7 +150,10 @@ def to_messages(record, spec, answered=True):
         if "completion" not in record and "response" in record:
             key = "response"
     else:
-        raise UserError(unknown_kind(record))
+        raise UserError(
+            f"unknown kind of record with {listed(record) if record else 'no fields'}: expected instruction and output, "
+            "prompt and completion, messages, conversations or text (the first line of a .csv names them with commas, "
+            "of a .tsv with tabs); for other columns give --prompt_format and --response_format")
     if answered or key in record:
         messages.append((role, {"text": text_of(record, key)}))
     return messages
@@ -181,10 +184,7 @@ def conversation(turns, role_key, content_key):
     return messages
 
 
-def unknown_kind(record):
-    message = f"unknown kind of record with {listed(record) if record else 'no fields'}: "
-    for mark in ";\t,|":
-        if len(record) == 1 and mark in str(next(iter(record))):
-            return f"{message}its columns seem to be parted by {mark!r}; save it as .csv with commas, or .tsv with tabs"
-    return (message + "expected instruction and output, prompt and completion, messages, conversations or text (a "
-            "table's first line names them); for other columns give --prompt_format and --response_format")
+def batched(items, size):
+    """Lists of up to `size` of what an iterable yields."""
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])

@@ -52,7 +52,7 @@ def append_row(path, row, sync):
 
 
 def start_tracking(run_name, settings):
-    """A function of (row of log.csv) that logs to Weights & Biases under the usual names. What fails later is a warning."""
+    """A function of (row of log.csv) that logs to Weights & Biases by the usual names. What fails later is a warning."""
     try:
         import wandb
         run = wandb.init(project="nanosft", name=run_name, config=settings)
@@ -85,7 +85,6 @@ def plot(out_dir):
     wrong here is no reason to end a run."""
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
     except Exception:  # it is missing, or broken
         return
     gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
@@ -100,25 +99,22 @@ def plot(out_dir):
         return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    # every step's loss, thin, and the mean of about fifty windows over it
-    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
+    # every step's loss, thin, and over it the mean of windows of a fiftieth of the run
     window = max(1, len(rows) // 50)
-    label = "training" if window == 1 else f"training, mean of {window} steps"
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
+    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
+    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=f"training, mean of {window} steps")
     if evaluated:
         step, best = min(evaluated, key=lambda point: (math.isnan(point[1]), point[1]))
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
-        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=f"best: {best:.4f} at step {step:,.0f}")
-    axes.set(xlabel="step", ylabel="loss per supervised token", yscale="log", xlim=(0, None))
-    tokens_a_step = sum(tokens) / len(rows) or 1
-    top = axes.secondary_xaxis("top", functions=(lambda step: step * tokens_a_step, lambda n: n / tokens_a_step))
-    top.set_xlabel("tokens")
-    top.xaxis.set_major_formatter(EngFormatter(sep=""))
+        label = f"best: {best:.4f} at step {step:,.0f}"
+        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=label)
+    axes.set(xlabel=f"step of {sum(tokens) / len(rows):,.0f} tokens", ylabel="loss per supervised token", yscale="log",
+             xlim=(0, None))
+    axes.legend(loc="upper right")
     right = axes.twinx()
     right.plot(steps, rates, ":", color="tab:green")
     right.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    axes.legend(loc="upper right")
     try:
         with atomic_file(out_dir / "loss.png") as file:
             figure.savefig(file, format="png", dpi=120)

@@ -11,23 +11,12 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from model import IGNORE_INDEX
 from nanosft.console import UserError
-from nanosft.files import write_json
+from nanosft.files import crc32_of, write_json
 
 FORMAT_VERSION = 2
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
-
-
-def crc32_of(path):
-    """The CRC-32 of a file, 8 hexadecimal digits."""
-    crc = 0
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            crc = zlib.crc32(piece, crc)
-    return f"{crc:08x}"
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -76,15 +65,8 @@ class ShardWriter:
             self.file.seek(0)
             self.write_header(self.in_shard)
             self.file.close()
-            path = Path(self.file.name)
-            self.counts["shards"][path.name] = crc32_of(path)
+            self.counts["shards"][Path(self.file.name).name] = crc32_of(self.file.name)
         self.file, self.in_shard = None, 0
-
-
-def checksum_of(meta):
-    """The CRC-32 of all of meta.json but its checksum, 8 hexadecimal digits."""
-    values = {name: value for name, value in meta.items() if name != "checksum"}
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 def write_meta(directory, meta):
@@ -92,6 +74,12 @@ def write_meta(directory, meta):
     meta = {**meta, "checksum": checksum_of(meta)}
     write_json(Path(directory) / "meta.json", meta)
     return meta
+
+
+def checksum_of(meta):
+    """The CRC-32 of all that meta.json holds but its checksum."""
+    values = {name: value for name, value in meta.items() if name != "checksum"}
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------
@@ -109,7 +97,7 @@ def load_meta(data_dir):
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format {version}, this program reads {FORMAT_VERSION}; run prepare_data.py again")
     if not whole:
-        raise UserError(f"{path} is damaged (its checksum does not fit): run prepare_data.py again")
+        raise UserError(f"{path} is damaged: run prepare_data.py again")
     return meta
 
 
@@ -124,10 +112,8 @@ class Shards:
         self.files, ranges = [], [np.zeros((0, 3), np.int64)]
         for name, checksum in meta[split]["shards"].items():
             path = Path(data_dir) / name
-            if not path.is_file():
-                raise UserError(f"{path} is missing: run prepare_data.py again")
-            if crc32_of(path) != checksum:
-                raise UserError(f"{path} is damaged (its checksum does not fit): run prepare_data.py again")
+            if not path.is_file() or crc32_of(path) != checksum:
+                raise UserError(f"{path} is {'damaged' if path.is_file() else 'missing'}: run prepare_data.py again")
             tokens = np.load(path, mmap_mode="r")
             starts = np.flatnonzero(tokens["flags"] & START)
             stops = np.append(starts[1:], len(tokens))
@@ -148,6 +134,9 @@ class Shards:
     def batch(self, indices):
         """These examples end to end: (idx (N,), targets (N,), lengths), int64 tensors and a list of int. A target is
         the next token, or IGNORE_INDEX where that is not supervised."""
+        import torch  # here: prepare_data.py does without, and starts in a quarter of the time
+
+        from model import IGNORE_INDEX
         examples = [self[i] for i in indices]
         ids = [example["id"].astype(np.int64) for example in examples]
         targets = [np.where(example["flags"][1:] & SUPERVISED, own[1:], IGNORE_INDEX)

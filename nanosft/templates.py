@@ -6,11 +6,13 @@ A `spec` is a dict of template (alpaca, chat or text), prompt_format and respons
 """
 import hashlib
 import json
+import os
+from itertools import chain
 
 import tiktoken
 
 from nanosft.console import UserError
-from nanosft.records import NAME, fill, to_messages
+from nanosft.records import NAME, batched, fill, to_messages
 from nanosft.shards import START, SUPERVISED
 
 EOT = None  # in a segment, in the place of text
@@ -115,8 +117,8 @@ def get_encoding(name):
                         "once, or point TIKTOKEN_CACHE_DIR at a folder that holds it") from None
 
 
-def join(segments, encoded, eot, train_on_prompt=False):
-    """(ids, flags) of one example, a list of int and as many bytes. `encoded`: an iterator over the ids of each text."""
+def join(segments, encoded, eot, train_on_prompt):
+    """(ids, flags) of one example, a list of int and as many bytes. `encoded` iterates over the ids of its texts."""
     ids, flags = [], bytearray()
     for text, supervised in segments:
         part = [eot] if text is EOT else next(encoded)
@@ -130,6 +132,53 @@ def encode(segments, encoding, train_on_prompt=False):
     """(ids, flags) of one example or prompt."""
     encoded = (encoding.encode_ordinary(text) for text, _ in segments if text is not EOT)
     return join(segments, encoded, encoding.eot_token, train_on_prompt)
+
+
+def tokenise(texts, encoding, pool):
+    """Yields the ids of each text, in order. A thread takes a run of texts: to hand over single short ones costs more
+    than to encode them."""
+    runs = batched(texts, max(1, len(texts) // (2 * os.cpu_count())))
+    yield from chain.from_iterable(pool.map(lambda run: [encoding.encode_ordinary(text) for text in run], runs))
+
+
+def encode_all(examples, encoding, pool, train_on_prompt):
+    """Yields (ids, flags) of each example, a list of segments, in order."""
+    texts = [text for segments in examples for text, _ in segments if text is not EOT]
+    encoded = tokenise(texts, encoding, pool)
+    for segments in examples:
+        yield join(segments, encoded, encoding.eot_token, train_on_prompt)
+
+
+def truncate(messages, max_tokens, spec, encoding, train_on_prompt):
+    """(segments, ids, flags) of messages after the longest fields of the user's have lost their ends, until
+    `max_tokens` are enough or all are empty."""
+    messages = [(role, dict(fields)) for role, fields in messages]
+    asked = [(fields, key) for role, fields in messages if role in ("user", "prompt")
+             for key, value in fields.items() if isinstance(value, str)]
+    while True:
+        segments = render(messages, spec)
+        ids, flags = encode(segments, encoding, train_on_prompt)
+        excess = len(ids) - max_tokens
+        tokens = [encoding.encode_ordinary(fields[key]) for fields, key in asked]
+        if excess <= 0 or not any(tokens):
+            return segments, ids, flags
+        longest = max(range(len(asked)), key=lambda index: len(tokens[index]))
+        fields, key = asked[longest]
+        fields[key] = encoding.decode_bytes(tokens[longest][:-excess]).decode("utf-8", errors="ignore")
+
+
+def blocks(parts, block_size):
+    """Yields one long text, lists of ids, as examples of at most block_size + 1 tokens. All but the first begin with
+    the last token of the one before, so that every token but the very first is predicted exactly once."""
+    waiting, flags = [], bytes([START]) + bytes([SUPERVISED]) * block_size
+    for ids in parts:
+        waiting += ids
+        start = 0
+        while len(waiting) - start > block_size + 1:
+            yield waiting[start:start + block_size + 1], flags
+            start += block_size
+        del waiting[:start]
+    yield waiting, flags[:len(waiting)]
 
 
 # ---- for transformers -----------------------------------------------------------------------------------------------

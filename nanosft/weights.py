@@ -47,7 +47,9 @@ def read_safetensors(path):
             header.pop("__metadata__", None)
             # tensors lie end to end, with no gap and nothing after the last
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+                dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+                if dtype is None:
+                    raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")
                 if not all(type(number) is int and number >= 0 for number in [*shape, start, stop]):
                     raise ValueError(f"{name} has a negative size")
                 if start != end or stop - start != math.prod(shape) * dtype.itemsize:
@@ -79,7 +81,7 @@ def read_tensors(path):
         return
     state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors; expected a model's weights by name")
+        raise UserError(f"{path} holds no state dict of tensors; expected GPT-2's weights by name")
     for name in list(state):
         yield str(name), state.pop(name)  # the reader may free it
 

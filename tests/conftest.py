@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny models, tiny data, processes of their own, and the way to GPT-2's vocabulary where it is at hand."""
+"""Shared by the tests: tiny models and data, processes, and the way to GPT-2's vocabulary where it is at hand."""
 import contextlib
 import json
 import os
@@ -60,7 +60,8 @@ def prepare(tmp_path):
         source = write_lines(tmp_path / name, records) if isinstance(records, list) else records
         out_dir = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
         prepare_data.main(prepare_data.PrepareConfig(**{**dict(
-            input=str(source), out_dir=str(out_dir), encoding="bytes", show=0, template="chat", block_size=128), **flags}))
+            input=str(source), out_dir=str(out_dir), encoding="bytes", show=0, template="chat", block_size=128,
+        ), **flags}))
         return out_dir
     return prepare_records
 
@@ -69,7 +70,8 @@ def prepare(tmp_path):
 def spawn():
     """spawn(*words, **options) -> a Python process on one thread, with pipes, that is dead when the test has ended. It
     hears SIGINT and SIGHUP, though they are ignored here (in the background, under nohup)."""
-    jobs, ignored = [], [number for number in (signal.SIGINT, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_IGN]
+    jobs, numbers = [], (signal.SIGINT, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) == signal.SIG_IGN]
     for number in ignored:
         signal.signal(number, lambda *_: None)  # a child inherits only what is ignored
 

@@ -1,6 +1,7 @@
 """sample.py: the prompts that training saw, whole characters while streaming, chats, files, scores, exports."""
 import io
 import json
+from types import SimpleNamespace
 
 import jinja2
 import pytest
@@ -46,22 +47,16 @@ def turns(*contents, system=None):
 
 @pytest.fixture
 def heard(monkeypatch):
-    """The prompts that reach the model, and a way to put answers into its mouth: heard.say(ids, ...)."""
-    class Heard(list):
-        replies = []
-
-        def say(self, *replies):
-            self.replies = [list(reply) for reply in replies]
-
-    log = Heard()
+    """The prompts that reach the model, which answers with `replies`, lists of ids, one after the other."""
+    heard = SimpleNamespace(prompts=[], replies=[])
 
     def generate(self, prompts, max_new_tokens, *_):
-        log.extend(prompts)
-        reply = log.replies.pop(0) if log.replies else [STOP]
+        heard.prompts.extend(prompts)
+        reply = heard.replies.pop(0) if heard.replies else [STOP]
         for token in reply[:max_new_tokens]:
             yield [token] * len(prompts)
     monkeypatch.setattr(GPT, "generate", generate)
-    return log
+    return heard
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -77,38 +72,26 @@ def heard(monkeypatch):
 def test_sampling_uses_the_prompt_ids_of_training(template, flags, record, tmp_path, heard):
     use(saved(tmp_path, SPECS[template]), **flags)
     ids, supervised = encode(render(to_messages(record, SPECS[template]), SPECS[template]), BYTES)
-    assert heard == [ids[:supervised.index(1)]]
+    assert heard.prompts == [ids[:supervised.index(1)]]
 
 
 def test_plain_models_and_text_models_go_on_with_the_text(tmp_path, heard, gpt2_encoding):
     use(saved(tmp_path / "t", SPECS["text"]), prompt="la la")
     tiny(vocab_size=50257).save_pretrained(tmp_path / "plain")
     use(tmp_path / "plain", prompt="Once <|endoftext|>")
-    assert heard == [[STOP, *b"la la"], gpt2_encoding.encode_ordinary("Once <|endoftext|>")]
-
-
-class Console(io.StringIO):
-    """Standard output that remembers every single write."""
-
-    def __init__(self):
-        super().__init__()
-        self.writes = []
-
-    def write(self, text):
-        self.writes.append(text)
-        return super().write(text)
+    assert heard.prompts == [[STOP, *b"la la"], gpt2_encoding.encode_ordinary("Once <|endoftext|>")]
 
 
 def test_streaming_never_breaks_a_character(tmp_path, heard, monkeypatch):
-    model, console = saved(tmp_path, SPECS["chat"]), Console()
-    heard.say([*"né 🙂!".encode(), STOP], [*"🙂".encode()[:2], STOP], [*b" ends", STOP])
-    monkeypatch.setattr("sys.stdout", console)
+    model, writes = saved(tmp_path, SPECS["chat"]), []
+    heard.replies = [[*"né 🙂!".encode(), STOP], [*"🙂".encode()[:2], STOP], [*b" ends", STOP]]
+    monkeypatch.setattr("builtins.print", lambda *words, end="\n", **_: writes.append(" ".join(words) + end))
     assert use(model, prompt="x", max_new_tokens=20) == ["né 🙂!"]
-    assert "�" not in console.getvalue() and "🙂" in console.writes and console.getvalue() == "né 🙂!\n"
+    assert "🙂" in writes and "".join(writes) == "né 🙂!\n"
     use(model, prompt="x")
-    assert console.getvalue().endswith("�\n")  # what never became a character is shown as such
+    assert "".join(writes).endswith("\n�\n")  # what never became a character is shown as such
     assert use(model, prompt="x", answer="It") == ["It ends"]  # a half-written answer is gone on with
-    assert bytes(heard[2][-12:]) == b"assistant\nIt" and console.getvalue().endswith("\nIt ends\n")
+    assert bytes(heard.prompts[2][-12:]) == b"assistant\nIt" and "".join(writes).endswith("\nIt ends\n")
 
 
 def test_draws_depend_on_the_seed_alone(tmp_path):
@@ -126,10 +109,10 @@ def talk(monkeypatch, *lines):
 
 def test_a_chat_keeps_the_conversation_as_the_ids_that_training_would_have_seen(tmp_path, heard, monkeypatch):
     talk(monkeypatch, "Hi", "", "Bye", "Again")
-    heard.say([*b"Ho", STOP], b"cut by leng", [STOP])
+    heard.replies = [[*b"Ho", STOP], b"cut by leng", [STOP]]
     use(saved(tmp_path, SPECS["chat"]), system="S", max_new_tokens=11)
     said = turns("Hi", "Ho", "Bye", "cut by leng", "Again", system="S")
-    for prompt, count in zip(heard, (2, 4, 6), strict=True):
+    for prompt, count in zip(heard.prompts, (2, 4, 6), strict=True):
         assert prompt == encode(render(to_messages({"messages": said[:count]}, SPECS["chat"]), SPECS["chat"]), BYTES)[0]
 
 
@@ -137,7 +120,7 @@ def test_a_full_context_drops_the_oldest_whole_turns_and_says_so(tmp_path, heard
     talk(monkeypatch, "a" * 200, "b" * 200, "c" * 200, "d" * 600)
     use(saved(tmp_path, SPECS["chat"]), system="S", max_new_tokens=20)
     assert "(the context is full: the oldest turn is forgotten)" in capsys.readouterr().out
-    assert bytes(token for token in heard[2] if token < 256).startswith(b"system\nSuser\nb")
+    assert bytes(token for token in heard.prompts[2] if token < 256).startswith(b"system\nSuser\nb")
 
 
 @pytest.mark.parametrize("spec, kept", [
@@ -145,9 +128,9 @@ def test_a_full_context_drops_the_oldest_whole_turns_and_says_so(tmp_path, heard
     (SPECS["alpaca"], False), (SPECS["one"], False)])
 def test_a_chat_keeps_its_turns_if_the_model_learned_several(spec, kept, tmp_path, heard, monkeypatch, capsys):
     talk(monkeypatch, "first", "second")
-    heard.say(b"one", b"two")
+    heard.replies = [b"one", b"two"]
     use(saved(tmp_path, spec))
-    assert (b"first" in bytes(token for token in heard[1] if token < 256)) == kept
+    assert (b"first" in bytes(token for token in heard.prompts[1] if token < 256)) == kept
     assert ("each answered by itself" in capsys.readouterr().out) != kept
 
 
@@ -208,12 +191,6 @@ def test_labels_can_be_named_and_models_stand_side_by_side(tmp_path, capsys):
     assert both == {name: use(name, **flags) for name in (one, two)}
 
 
-def test_free_text_answers_are_no_classification(tmp_path, capsys):
-    source = write_lines(tmp_path / "r.jsonl", [{"instruction": f"q{n}", "output": f"answer {n}"} for n in range(9)])
-    result = use(saved(tmp_path / "m", SPECS["chat"]), file=str(source), output=str(tmp_path / "a"))
-    assert "likelihood" not in result and "truth" not in capsys.readouterr().out
-
-
 def test_labels_are_scored_as_the_answers_spell_them(capsys):
     loaded = LoadedModel("", tiny(), BYTES, {"response_format": ""})
     assert score.label_set([" pos", None, " neg", " pos"], "pos, neg,new", loaded) == [" pos", " neg", "new"]
@@ -232,18 +209,14 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (dict(model="out"), "--model=out: nothing is trained there yet; run python train.py"),
-    (dict(model="no/such"), "no model 'no/such'"),
     (dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512"),
-    (dict(model="two", prompt="x"), '''the columns title, abstract; give a JSON object .*'{"title": "..."'''),
     (dict(model="two", prompt='{"title": "x"}'), "--prompt: this model reads the columns title, abstract"),
     (dict(model="two", system="x", prompt="x"), "--system: only the chat template"),
     (dict(model="plain", prompt="x"), "has 257 token ids, the gpt2 encoding 50257: give the --data_dir"),
-    (dict(file="nowhere.jsonl"), "--file: nowhere.jsonl is not there"),
     (dict(file="bad.jsonl", output="chat"), "--output=chat is a directory; name a file"),
     (dict(file="bad.jsonl"), "bad.jsonl, line 2: 'instruction' must be text, not null"),
     (dict(export="two"), "two holds a model already; name another directory"),
     (dict(model="chat,two", export="new"), "--export writes one model; name one"),
-    (dict(data_dir="nowhere"), "--data_dir: no prepared data in nowhere"),
     (dict(temperature=-1, top_p=0, adapter="a", model="b,c"),
      "--temperature: -1 is neither 0 nor.*--top_p: 0 is not in.*--adapter: needs one --model")])
 def test_wrong_use_gets_one_line(flags, message, tmp_path, monkeypatch, gpt2_encoding):

@@ -58,8 +58,9 @@ A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize("header, data", [
     (b"{not json", 8), (b"[1]", 8), ({"a": A}, 4), ({"a": A}, 9), ({"a": {**A, "shape": 2}}, 8), ({"a": 3}, 8),
     ({"a": {**A, "shape": [3]}}, 8), ({"a": {**A, "shape": [-1, -2]}}, 8), ({"a": {**A, "dtype": "F33"}}, 8),
-    ({"a": {**A, "data_offsets": [-8, 0]}}, 8), ({"a": {**A, "data_offsets": [8, 16]}}, 16), ({"a": {"dtype": "F32"}}, 8),
-    ({"a": A, "b": {**A, "data_offsets": [4, 12]}}, 12), ({"a": {**A, "shape": [0, 10**30], "data_offsets": [0, 0]}}, 0)])
+    ({"a": {**A, "data_offsets": [-8, 0]}}, 8), ({"a": {**A, "data_offsets": [8, 16]}}, 16),
+    ({"a": {"dtype": "F32"}}, 8), ({"a": A, "b": {**A, "data_offsets": [4, 12]}}, 12),
+    ({"a": {**A, "shape": [0, 10**30], "data_offsets": [0, 0]}}, 0)])
 def test_a_false_safetensors_file_is_refused_in_one_line(header, data, tmp_path):
     path, text = tmp_path / "weights.safetensors", header if isinstance(header, bytes) else json.dumps(header).encode()
     for length in (len(text), 1 << 60):
@@ -84,9 +85,9 @@ def test_tensors_that_were_taken_are_held_by_nobody_else(name, tmp_path):
 # ---- GPT-2 ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("size", weights.SIZES)
-def test_logits_equal_transformers_for_the_shape_of_every_size(size, tmp_path):
+def test_logits_equal_transformers_for_the_width_of_every_size(size, tmp_path):
     _, n_head, n_embd = weights.SIZES[size]
-    theirs = reference(2 if n_embd > 1024 else 4, n_head, n_embd, 50257, 1024)
+    theirs = reference(2, n_head, n_embd)
     theirs.save_pretrained(tmp_path)
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
@@ -120,7 +121,7 @@ def test_both_names_and_the_tied_head_load(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"n_layer": 3}, "h.2.attn.c_attn.bias is missing"), ({"n_embd": 64}, r"is \(96,\), expected \(192,\)"),
+    ({"n_layer": 3}, 'Missing.* "h.2.ln_1.weight"'), ({"n_embd": 64}, "size mismatch for wte.weight"),
     ({"model_type": "llama"}, "model_type is 'llama'"), ({"activation_function": "relu"}, "activation_function"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"), ({"tie_word_embeddings": False}, "tie_word"),
@@ -133,11 +134,11 @@ def test_a_config_that_does_not_match_is_refused_by_name(change, message, tmp_pa
         GPT.from_pretrained(tmp_path)
 
 
-def test_another_width_or_cross_attention_shows_in_the_tensors(tmp_path):
-    for change in ({"n_inner": 64}, {"add_cross_attention": True}):
-        reference(**change).save_pretrained(tmp_path)
-        with pytest.raises(UserError, match="does not fit config.json: h.0.(mlp.c_fc|crossattention)"):
-            GPT.from_pretrained(tmp_path)
+@pytest.mark.parametrize("change", [{"n_inner": 64}, {"add_cross_attention": True}])
+def test_another_architecture_shows_in_the_tensors(change, tmp_path):
+    reference(**change).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not fit config.json: .*h.0.(mlp.c_fc|crossattention)"):
+        GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("given, vocab_size, expected", [(7, 257, 7), (None, 257, 256), (50256, 50304, 50256),
