@@ -8,7 +8,6 @@
 """
 import codecs
 import contextlib
-import dataclasses
 import json
 from dataclasses import dataclass
 from itertools import chain
@@ -33,7 +32,6 @@ from nanosft.weights import base_of, locate
 class SampleConfig:
     # model
     model: str = "out"  # an out_dir of train.py, a Hugging Face directory, or gpt2 ... gpt2-xl; several with commas
-    adapter: str = ""  # LoRA adapters over one --model, several with commas: each answers, side by side
     data_dir: str = ""  # prepared data whose template to use; '' = the one stored with the model, else plain text
     # what to answer
     prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat
@@ -62,13 +60,11 @@ class SampleConfig:
             problems.append(f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p: {self.top_p} is not in (0, 1]")
-        if self.adapter and "," in str(self.model):
-            problems.append("--adapter: needs one --model, not several")
+        if self.export and "," in str(self.model):
+            problems.append("--export: writes one model; name one with --model")
         check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1, "top_k": 0, "seed": 0},
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems=problems)
 
-
-# ---- models ---------------------------------------------------------------------------------------------------------
 
 @dataclass
 class LoadedModel:
@@ -77,6 +73,12 @@ class LoadedModel:
     model: GPT
     encoding: tiktoken.Encoding
     spec: dict | None
+
+    def is_chat(self):
+        return self.spec is not None and self.spec["template"] == "chat" and not self.spec["response_format"]
+
+    def keeps_turns(self):
+        return self.is_chat() and self.spec.get("turns") != "one"
 
     def prompt_ids(self, messages):
         """The ids that stand before the answer, by the renderer that made the training data."""
@@ -87,15 +89,13 @@ class LoadedModel:
     def generate(self, prompts, config):
         """Yields, step by step, a list with the next id of each row's answer; None from its stop on."""
         stop = self.encoding.eot_token
-        generator = torch.Generator(self.model.wte.weight.device).manual_seed(config.seed)
         for ids in self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                       stop, self.encoding.n_vocab, generator):
+                                       stop, self.encoding.n_vocab):
             yield [None if token == stop else token for token in ids]
 
 
-def stored_spec(path, base):
-    """What prompt.json beside a weights file says, or None. An adapter must have been trained on the weights of `base`,
-    a name or path; '': those that it names itself."""
+def stored_spec(path):
+    """What prompt.json beside a weights file says, or None. An adapter's base must be the one it was trained on."""
     stored = path.parent / "prompt.json"
     if not stored.exists():
         return None
@@ -105,47 +105,39 @@ def stored_spec(path, base):
             raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; put back the file that train.py wrote, "
                             "or remove it and give --data_dir")
     if path.name == "adapter_config.json" and spec.get("base_sha256"):
-        weights = locate(base or base_of(path))
+        weights = locate(base_of(path))
         if sha256_of(weights) != spec["base_sha256"]:
-            raise UserError(f"{path.parent} was trained on other weights than {weights} holds; name those: --adapter="
-                            f"{path.parent} --model=...")
+            raise UserError(f"{path.parent} was trained on other weights than {weights} holds; write the path of those "
+                            f"into {path} as base_model_name_or_path")
     return spec
 
 
 def load(config):
-    """A LoadedModel for every model or adapter that is named."""
-    is_default = config.model == SampleConfig.model
-    if is_default and not config.adapter and not Path(config.model).exists():
+    """A LoadedModel for every model that is named."""
+    if config.model == SampleConfig.model and not Path(config.model).exists():
         raise UserError("--model=out: nothing is trained there yet; run python train.py first, or name a model")
     # an export is written as it was trained, whatever this machine computes in
-    device = torch.device("cpu") if config.export else pick_device(config.device)
-    dtype = torch.float32 if config.export else pick_dtype(config.dtype, device)
+    device = pick_device("cpu" if config.export else config.device)
+    dtype = pick_dtype("float32" if config.export else config.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
-    names = (config.adapter or config.model).split(",")
-    paths = [locate(name) for name in names]
-    base = config.model if config.adapter and not is_default else ""  # '': the one that the adapter names
-    specs = [stored_spec(path, base) for path in paths]
+    names = config.model.split(",")
+    specs = [stored_spec(locate(name)) for name in names]
     if config.data_dir:
         meta = load_meta(config.data_dir)
         specs = [{**meta["prompt"], "encoding": meta["encoding"]}] * len(names)
     # a plain model beside a trained one is asked in the trained one's words
     common = next((spec for spec in specs if spec), None)
     models = []
-    for name, path, spec in zip(names, paths, specs, strict=True):
-        if config.adapter and path.name != "adapter_config.json":
-            raise UserError(f"--adapter: {name} holds no adapter; name it with --model")
-        model = GPT.from_pretrained(base or name)
-        if base:
-            model.load_adapter(path.parent)
-        spec = spec or common
+    for name, spec in zip(names, specs, strict=True):
+        spec, model = spec or common, GPT.from_pretrained(name)
         encoding = get_encoding(spec["encoding"] if spec else "gpt2")
         if model.config.vocab_size < encoding.n_vocab:
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on")
-        if config.system and (spec is None or spec["template"] != "chat" or spec["response_format"]):
-            raise UserError("--system: only the chat template has a system prompt; leave it out")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec))
+        if config.system and not models[-1].is_chat():
+            raise UserError("--system: only the chat template has a system prompt; leave it out")
     return models
 
 
@@ -153,16 +145,16 @@ def load(config):
 
 def prompt_messages(text, config, spec):
     """What a person types, as the messages of a record that lacks its answer."""
-    columns = NAME.findall(spec["prompt_format"]) if spec else []
     if spec and spec["template"] == "text":
         return [("opening", {"text": text})]
-    if spec and spec["response_format"] and not columns:
-        return [("prompt", {})]  # these answers have no prompt
-    if not columns:
+    if not spec or not spec["response_format"]:
         system = [("system", {"content": config.system})] if config.system else []
         return [*system, ("user", {"content": text, "input": config.input})]
+    columns = NAME.findall(spec["prompt_format"])
+    record = dict.fromkeys(columns, text)  # where the prompt has one column, or none
     try:
-        record = {columns[0]: text} if len(columns) == 1 else json.loads(text)
+        if len(columns) > 1:
+            record = json.loads(text)
         return to_messages(record, spec, answered=False)
     except (ValueError, RecursionError):
         example = ", ".join(f'"{name}": "..."' for name in columns)
@@ -172,9 +164,11 @@ def prompt_messages(text, config, spec):
 
 def stream(loaded, prompt, config):
     """Prints the answer to one prompt as it is made, whole characters only; returns its ids."""
+    if "," in config.model:
+        print(f"{loaded.name}: ", end="")
+    print(config.answer, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     answer = loaded.encoding.encode_ordinary(config.answer)
-    print(config.answer, end="", flush=True)
     for (token,) in loaded.generate([prompt + answer], config):
         if token is not None:
             answer.append(token)
@@ -183,61 +177,49 @@ def stream(loaded, prompt, config):
     return answer
 
 
-class Conversation:
-    """The turns so far, as token ids. A model that learned conversations of several turns keeps them, and the oldest
-    are dropped when the context is full; others answer every prompt by itself."""
-
-    def __init__(self, loaded, config):
-        spec, self.loaded, self.config, self.turns = loaded.spec, loaded, config, []
-        self.keeps_turns = bool(spec and spec["template"] == "chat" and not spec["prompt_format"]
-                                and spec.get("turns") != "one")
-
-    def reply(self, text):
-        """Prints the answer and remembers it with its prompt."""
-        config, context = self.config, self.loaded.model.config.block_size
-        messages = prompt_messages(text, config, self.loaded.spec)
-        first = self.loaded.prompt_ids(messages)  # with the system prompt, where there is one
-        turn = self.loaded.prompt_ids(messages[-1:])
-        system = first[:len(first) - len(turn)]
-        longest = context - min(config.max_new_tokens, context // 4) - len(first)
-        while self.turns and sum(map(len, self.turns)) > longest:
-            self.turns.pop(0)
-            print("(the context is full: the oldest turn is forgotten)")
-        answer = stream(self.loaded, [*system, *chain(*self.turns), *turn], config)
-        if self.keeps_turns:
-            self.turns.append(turn + answer)
+def reply(loaded, text, turns, config):
+    """Prints the answer to `text`. `turns`: the ids of each earlier turn. A model that learned conversations of several
+    turns goes on with them; the oldest are dropped when the context is full."""
+    context, messages = loaded.model.config.block_size, prompt_messages(text, config, loaded.spec)
+    first = loaded.prompt_ids(messages)  # with the system prompt, where there is one
+    turn = loaded.prompt_ids(messages[-1:])
+    system = first[:len(first) - len(turn)]
+    longest = context - min(config.max_new_tokens, context // 4) - len(first)
+    while turns and sum(map(len, turns)) > longest:
+        turns.pop(0)
+        print("(the context is full: the oldest turn is forgotten)")
+    answer = stream(loaded, [*system, *chain(*turns), *turn], config)
+    if loaded.keeps_turns():
+        turns.append(turn + answer)
 
 
 def chat(models, config):
     """Answers prompts until the input ends."""
-    conversations = [Conversation(loaded, config) for loaded in models]
     with contextlib.suppress(ImportError):  # Windows edits lines by itself
         import readline  # noqa: F401
-    alone = "" if any(conversation.keeps_turns for conversation in conversations) else ", each answered by itself"
+    alone = "" if any(loaded.keeps_turns() for loaded in models) else ", each answered by itself"
     print(f"Type a prompt{alone}; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
+    turns = [[] for _ in models]
     while True:
         try:
             text = input("> ")
         except EOFError:
             return print()
-        for conversation in conversations if text.strip() else ():
-            if len(models) > 1:
-                print(f"{conversation.loaded.name}: ", end="")
+        if not text.strip():
+            continue
+        for loaded, earlier in zip(models, turns, strict=True):
             try:
-                conversation.reply(text)
+                reply(loaded, text, earlier, config)
             except UserError as error:  # a prompt that is too long
                 print(error)
 
 
 # ---- files of records -----------------------------------------------------------------------------------------------
 
-def read_prompts(path, loaded, system):
-    """(records, prompts as ids, reference answers, None where a record has none) of a file."""
-    if not path.is_file():
-        raise UserError(f"--file: {path} is not there; prepare_data.py leaves the held-out records in test.jsonl")
-    records, prompts, references = [], [], []
-    for location, record in read_records(path, path.name):
-        records.append(record)
+def read_prompts(records, loaded, config):
+    """(prompts as ids, reference answers, None where a record has none) of located records."""
+    prompts, references = [], []
+    for location, record in records:
         try:
             messages, reference = to_messages(record, loaded.spec, answered=False), None
             if messages[-1][0] in ("assistant", "completion"):
@@ -245,74 +227,73 @@ def read_prompts(path, loaded, system):
                 reference = next(iter(fields.values())) or None
             if not messages or messages[0][0] == "text":
                 raise UserError("nothing is asked before the answer; give each record a prompt")
-            if system and messages[0][0] == "user":
-                messages.insert(0, ("system", {"content": system}))
+            if config.system and messages[0][0] == "user":
+                messages.insert(0, ("system", {"content": config.system}))
             prompts.append(loaded.prompt_ids(messages))
             references.append(reference)
         except UserError as error:
-            raise UserError(f"{path.name}, {location}: {error}") from None
-    if not records:
-        raise UserError(f"--file: {path} holds no records; give one that does")
-    return records, prompts, references
+            raise UserError(f"{Path(config.file).name}, {location}: {error}") from None
+    return prompts, references
 
 
 def answer_all(loaded, prompts, config):
     """The answers to all prompts as texts, in batches of like length; None where a prompt is too long."""
     context = loaded.model.config.block_size
-    order = sorted((i for i, prompt in enumerate(prompts) if len(prompt) <= context), key=lambda i: len(prompts[i]))
+    answers = [[] if len(prompt) <= context else None for prompt in prompts]  # ids
+    order = sorted((i for i, answer in enumerate(answers) if answer is not None), key=lambda i: len(prompts[i]))
     if len(order) < len(prompts):
         print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens "
               "and get no response")
-    answers = {}  # ids, by the prompt's number
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
-        answers.update((i, []) for i in batch)
         for step in loaded.generate([prompts[i] for i in batch], config):
             for i, token in zip(batch, step, strict=True):
                 if token is not None:
                     answers[i].append(token)
-        status(f"{len(answers):,} of {len(order):,} answered", end=len(answers) == len(order))
-    return [loaded.encoding.decode(answers[i]) if i in answers else None for i in range(len(prompts))]
+        done = start + len(batch)
+        status(f"{done:,} of {len(order):,} answered", end=done == len(order))
+    return [None if answer is None else loaded.encoding.decode(answer) for answer in answers]
 
 
 def answer_file(models, config):
     """Answers every record with every model, writes the records with their responses, and scores them."""
+    path, results = Path(config.file), {}
+    if not path.is_file():
+        raise UserError(f"--file: {path} is not there; prepare_data.py leaves the held-out records in test.jsonl")
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
-    results, written = {}, []
+    records = list(read_records(path, path.name))
+    if not records:
+        raise UserError(f"--file: {path} holds no records; give one that does")
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
         for loaded in models:
             if loaded.spec is None:
                 raise UserError(f"--file: {loaded.name} has no template of its own; give --data_dir, which has one")
-            records, prompts, references = read_prompts(Path(config.file), loaded, config.system)
+            prompts, references = read_prompts(records, loaded, config)
             key = "response"
             if len(models) > 1:
-                key = f"response of {loaded.name}"
                 print(f"{loaded.name}:")
-            if any(key in record for record in records):
+                key = f"response of {loaded.name}"
+            if any(key in record for _, record in records):
                 key = f"model's {key}"
             responses = answer_all(loaded, prompts, config)
-            written = written or [{**record} for record in records]
-            for record, response in zip(written, responses, strict=True):
+            for (_, record), response in zip(records, responses, strict=True):
                 record[key] = response
             results[loaded.name] = score(loaded, prompts, responses, references, config.labels)
-        for record in written:  # half a surrogate pair, which a field may hold, stays the escape that it was
+        for _, record in records:  # half a surrogate pair, which a field may hold, stays the escape that it was
             file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {config.output}")
-    summary({name: result for name, result in results.items() if result["scored"]})
+    summary(results)
     return results if len(models) > 1 else results[models[0].name]
 
 
-# ---- export ---------------------------------------------------------------------------------------------------------
-
 def export(loaded, directory):
     """Writes weights (LoRA merged), configurations and, for GPT-2's encoding, the tokenizer, for transformers."""
-    directory, stop = Path(directory), loaded.encoding.eot_token
+    directory = Path(directory)
     if (directory / "model.safetensors").exists() or (directory / "adapter_config.json").exists():
         raise UserError(f"--export={directory} holds a model already; name another directory")
-    loaded.model.config.eos_token_id = stop  # of a padded vocabulary it is not the last id
+    loaded.model.config.eos_token_id = loaded.encoding.eot_token  # of a padded vocabulary it is not the last id
     loaded.model.merge_lora().save_pretrained(directory)
-    write_json(directory / "generation_config.json", {"eos_token_id": stop, "bos_token_id": stop, "pad_token_id": stop})
     if loaded.spec:
         write_json(directory / "prompt.json", loaded.spec)
     if loaded.encoding.name == "gpt2":
@@ -329,9 +310,8 @@ def export(loaded, directory):
 def main(config):
     """Answers config.prompt, config.file or a chat, or exports; returns the answers' texts or a file's scores."""
     models = load(config)
+    torch.manual_seed(config.seed)
     if config.export:
-        if len(models) > 1:
-            raise UserError("--export writes one model; name one")
         return export(models[0], config.export)
     if config.file:
         return answer_file(models, config)
@@ -340,11 +320,8 @@ def main(config):
     answers = []
     for loaded in models:
         prompt = loaded.prompt_ids(prompt_messages(config.prompt, config, loaded.spec))
-        for number in range(config.num_samples):
-            if len(models) > 1:
-                print(f"{loaded.name}: ", end="")
-            seeded = dataclasses.replace(config, seed=config.seed + number)
-            answers.append(loaded.encoding.decode(stream(loaded, prompt, seeded)))
+        for _ in range(config.num_samples):
+            answers.append(loaded.encoding.decode(stream(loaded, prompt, config)))
     return answers
 
 

@@ -64,7 +64,9 @@ def undamaged(path):
 
 @contextlib.contextmanager
 def claimed(out_dir):
-    """Makes out_dir; within it no other run may claim it. Windows and some network file systems have no such locks."""
+    """Makes out_dir; within it no other run may claim it. What stays empty is removed again. Windows and some network
+    file systems have no such locks."""
+    is_new = not out_dir.exists()
     out_dir.mkdir(parents=True, exist_ok=True)
     handle = os.open(out_dir, os.O_RDONLY) if fcntl else None
     try:
@@ -80,6 +82,8 @@ def claimed(out_dir):
     finally:
         if fcntl:
             os.close(handle)
+        if is_new and not any(out_dir.iterdir()):
+            out_dir.rmdir()
 
 
 def clear(out_dir, names):

@@ -53,11 +53,11 @@ class Output:
 
 def protect_output():
     """Puts an `Output` in the place of stdout and stderr. A stream that the caller has closed is the null device, and a
-    character that the console cannot show is '?'."""
+    character that cannot be shown, or a typed byte that is no text, is a '?'."""
     sys.stdin = sys.stdin or open(os.devnull)
     sys.stdout = sys.stdout or open(os.devnull, "w")
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
     sys.stderr = Output(sys.stderr)
     sys.stdout = Output(sys.stdout, warnings=sys.stderr)

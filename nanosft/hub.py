@@ -5,13 +5,13 @@ HF_HUB_CACHE, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there.
 import http.client
 import os
 import re
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import torch
 
 from nanosft.console import UserError
+from nanosft.files import sha256_of
 
 
 def folder_of(repository):
@@ -30,33 +30,29 @@ def cached(repository, file):
     return path if path.is_file() else None
 
 
-class KeepRedirect(urllib.request.HTTPRedirectHandler):
-    """Does not follow: the hub tells a file's hash and size with its redirect to the storage server."""
+class AsAnswered(urllib.request.HTTPErrorProcessor):
+    """Follows no redirect: the hub tells a file's hash with its redirect to the storage server."""
 
-    def redirect_request(self, *args):
-        return None
+    def http_response(self, request, response):
+        return response
+
+    https_response = http_response
 
 
 def announced(url):
-    """(etag, size, commit) of a file on the hub; the etag of a large file is its SHA-256."""
+    """(SHA-256, commit) of a large file on the hub."""
     request = urllib.request.Request(url, method="HEAD")
-    try:
-        headers = urllib.request.build_opener(KeepRedirect).open(request, timeout=30).headers
-    except urllib.error.HTTPError as error:
-        if error.code not in (301, 302, 303, 307, 308):
-            raise
-        headers = error.headers
-    etag = (headers.get("X-Linked-Etag") or headers.get("ETag", "")).removeprefix("W/").strip('"')
-    size = headers.get("X-Linked-Size") or headers.get("Content-Length", "")
-    commit = headers.get("X-Repo-Commit", "")
-    if not re.fullmatch(r"(\w{40}|\w{64}) \d+ \w{40}", f"{etag} {size} {commit}", re.ASCII):  # they become file names
-        raise ValueError("it gave no hash, size and commit")
-    return etag, int(size), commit
+    with urllib.request.build_opener(AsAnswered).open(request, timeout=30) as response:
+        digest = response.headers.get("X-Linked-Etag", "").strip('"')
+        commit = response.headers.get("X-Repo-Commit", "")
+    if not re.fullmatch(r"[0-9a-f]{64} [0-9a-f]{40}", f"{digest} {commit}"):  # they become file names
+        raise ValueError(f"the answer {response.status} tells no hash and commit")
+    return digest, commit
 
 
 def download(repository, file):
-    """Fetches a repository's file into the hub's cache and returns its path. Its size and, where it is large, its hash
-    are verified, and an interrupted download leaves nothing behind."""
+    """Fetches a repository's file into the hub's cache and returns its path. Its hash is verified, and an interrupted
+    download leaves nothing behind."""
     folder = folder_of(repository)
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{repository} is not in {folder.parent} and HF_HUB_OFFLINE is set; unset it, or name the path "
@@ -64,16 +60,13 @@ def download(repository, file):
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repository}/resolve/main/{file}"
     try:
-        etag, size, commit = announced(url)
-        blob, snapshot = folder / "blobs" / etag, folder / "snapshots" / commit / file
+        digest, commit = announced(url)
+        blob, snapshot = folder / "blobs" / digest, folder / "snapshots" / commit / file
         for directory in (blob.parent, snapshot.parent, folder / "refs"):
             directory.mkdir(parents=True, exist_ok=True)
-        if not blob.exists() or blob.stat().st_size != size:
-            print(f"downloading {repository} ({size / 1e6:,.0f} MB) from {endpoint} to {folder.parent}", flush=True)
-            torch.hub.download_url_to_file(url, str(blob), hash_prefix=etag if len(etag) == 64 else None)
-        if blob.stat().st_size != size:
-            blob.unlink()
-            raise ValueError("its size is not the one announced")
+        if not blob.exists() or sha256_of(blob) != digest:
+            print(f"downloading {repository} from {endpoint} to {folder.parent}", flush=True)
+            torch.hub.download_url_to_file(url, str(blob), hash_prefix=digest)
         try:
             snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
         except OSError:  # it is there already, or this is Windows without developer mode

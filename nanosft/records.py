@@ -150,10 +150,10 @@ def to_messages(record, spec, answered=True):
         if "completion" not in record and "response" in record:
             key = "response"
     else:
-        raise UserError(
-            f"unknown kind of record with {listed(record) if record else 'no fields'}: expected instruction and output, "
-            "prompt and completion, messages, conversations or text (the first line of a .csv names them with commas, "
-            "of a .tsv with tabs); for other columns give --prompt_format and --response_format")
+        fields = listed(record) if record else "no fields"
+        raise UserError(f"unknown kind of record with {fields}: expected instruction and output, prompt and "
+                        "completion, messages, conversations or text (the first line of a .csv names them with "
+                        "commas, of a .tsv with tabs); for other columns give --prompt_format and --response_format")
     if answered or key in record:
         messages.append((role, {"text": text_of(record, key)}))
     return messages

@@ -1,6 +1,5 @@
 """What a run shows of itself: its log, its progress, its picture, and answers to a few prompts."""
 import csv
-import gc
 import io
 import math
 import os
@@ -87,7 +86,6 @@ def plot(out_dir):
         from matplotlib.figure import Figure
     except Exception:  # it is missing, or broken
         return
-    gc.collect()  # the last figure refers to itself: megabytes that Python would keep for hours
     try:
         rows = read_rows(out_dir / "log.csv")
         steps, losses, rates, tokens = ([float(row[name]) for row in rows]

@@ -17,15 +17,14 @@ def label_set(references, named, loaded):
     """The classes that answers come from, as they are rendered: those `named`, with commas, or the references, where
     they are few. [] where the file is no classification."""
     labels = sorted(set(references) - {None})
-    if named:
-        names, columns = [name.strip() for name in named.split(",")], NAME.findall(loaded.spec["response_format"])
-        if len(columns) == 1:
-            labels = [fill(loaded.spec["response_format"], {columns[0]: name}, "labels") for name in names]
-        else:  # spelt as the file's answers are
-            spelling = {label.strip(): label for label in labels}
-            labels = [spelling.get(name, name) for name in names]
+    if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
+        spelling = {label.strip(): label for label in labels}
+        wording = loaded.spec["response_format"] or "{label}"
+        names = [name.strip() for name in named.split(",")]
+        labels = [spelling.get(name) or fill(wording, dict.fromkeys(NAME.findall(wording), name), "labels")
+                  for name in names]
     longest = max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
-    fits = longest < loaded.model.config.block_size
+    fits = longest < loaded.model.config.block_size  # with its stop
     if named and not fits:
         raise UserError(f"--labels: one has {longest:,} tokens, more than the context: give short ones")
     few = 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references)
@@ -51,32 +50,31 @@ def confusion(truths, predictions, labels):
     counts, width = Counter(zip(truths, predictions, strict=True)), max(8, *(len(label) + 1 for label in labels))
     others = sum(truth not in labels for truth in truths)
     if others:
-        print(f"{others} of {len(truths)} records have another answer than these labels: they count as wrong and stand "
-              "in no row")
+        print(f"{others} of {len(truths)} records have another answer than these labels: they count as wrong")
     print(f"\n{'truth / likeliest':18}{''.join(label.strip().rjust(width) for label in labels)}{'recall':>9}")
     for truth in labels:
         row = [counts[truth, label] for label in labels]
-        recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
-        print(f"{truth.strip()[:17]:18}{''.join(f'{count:{width}}' for count in row)}{recall:>9}")
+        recall = row[labels.index(truth)] / max(1, sum(row))
+        print(f"{truth.strip()[:17]:18}{''.join(f'{count:{width}}' for count in row)}{recall:>9.0%}")
     shares = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
     print(f"{'precision':18}{''.join(f'{share:{width}.0%}' for share in shares)}\n")
 
 
 def score(loaded, prompts, responses, references, named_labels=""):
-    """The numbers that one model reached: its responses (None where a prompt was too long) against the references (None
-    where a record has none) and, in a classification, the likeliest labels against them."""
+    """The counts that one model reached: its responses against the references (either may be None) and, in a
+    classification, the likeliest labels against them."""
     scored = [index for index, reference in enumerate(references) if reference is not None]
     answers, truths = [(responses[i] or "").strip() for i in scored], [references[i].strip() for i in scored]
     result = {"records": len(responses), "scored": len(scored),
               "exact": sum(answer == truth for answer, truth in zip(answers, truths, strict=True))}
     labels = label_set(references, named_labels, loaded)
-    if labels:
+    if labels and scored:
         likeliest = classify(loaded, [prompts[i] for i in scored], labels)
         confusion([references[i] for i in scored], likeliest, labels)
         known = {label.strip() for label in labels}
         result["no_label"] = sum(answer not in known for answer in answers)
         result["likelihood"] = sum(truth == label.strip() for truth, label in zip(truths, likeliest, strict=True))
-        result["majority"] = max(Counter(truths).values(), default=0)
+        result["majority"] = max(Counter(truths).values())
     return result
 
 
@@ -85,14 +83,15 @@ def percent(part, whole):
 
 
 def summary(results):
-    """Prints what each model reached."""
+    """Prints what each model reached, {name: what `score` returns}, where there were references."""
     for name, result in results.items():
         count = result["scored"]
-        if len(results) > 1:
+        if len(results) > 1 and count:
             print(f"{name}:")
         if "likelihood" in result:
             low, high = interval(result["likelihood"], count)
             print(f"likeliest label right {percent(result['likelihood'], count)}, 95 % interval {100 * low:.1f} to "
                   f"{100 * high:.1f} %; always the commonest {percent(result['majority'], count)}; "
                   f"answers with no known label {percent(result['no_label'], count)}")
-        print(f"exact match {percent(result['exact'], count)}")
+        if count:
+            print(f"exact match {percent(result['exact'], count)}")

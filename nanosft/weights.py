@@ -18,8 +18,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
 
 
-# ---- files of tensors -----------------------------------------------------------------------------------------------
-
 def write_safetensors(path, tensors):
     """Writes tensors by name in the safetensors format: 8 bytes of header length, a JSON header, the raw data."""
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -50,10 +48,9 @@ def read_safetensors(path):
                 dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
                 if dtype is None:
                     raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")
-                if not all(type(number) is int and number >= 0 for number in [*shape, start, stop]):
-                    raise ValueError(f"{name} has a negative size")
-                if start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} has a false offset")
+                are_sizes = all(type(number) is int and number >= 0 for number in [*shape, start, stop])
+                if not are_sizes or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+                    raise ValueError(f"{name} has a false offset or size")
                 if 8 + length + stop > size:
                     raise ValueError(f"it ends before {name} does")
                 end, tensor = stop, torch.empty(shape, dtype=dtype)
@@ -70,8 +67,8 @@ def read_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        kind = type(error).__name__
-        raise UserError(f"{path} holds no plain tensors ({kind}); use the model's .safetensors") from None
+        raise UserError(f"{path} holds no plain tensors ({type(error).__name__}); use the model's .safetensors"
+                        ) from None
 
 
 def read_tensors(path):
@@ -101,7 +98,7 @@ ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_
 def checked(numbers, path):
     """GPTConfig's numbers as they were read from this file, if they can be GPT-2's, with an end-of-text id."""
     for name in NUMBERS:
-        number = numbers[name]
+        number = numbers.get(name)
         if type(number) is not int or not 0 < number < 1 << 24:
             raise UserError(f"{path} is no GPT-2 configuration: {name} is {number!r}; download or write it again")
     if numbers["n_embd"] % numbers["n_head"]:
@@ -109,7 +106,7 @@ def checked(numbers, path):
     eos = numbers.get("eos_token_id")
     if type(eos) is not int or not 0 <= eos < numbers["vocab_size"]:
         eos = min(50256, numbers["vocab_size"] - 1)  # GPT-2's own, or the last id of a smaller vocabulary
-    return {**numbers, "eos_token_id": eos}
+    return {**{name: numbers[name] for name in NUMBERS}, "eos_token_id": eos}
 
 
 def read_config(path):
@@ -118,8 +115,7 @@ def read_config(path):
     for name, ours in ARCHITECTURE.items():
         if values.get(name, ours) != ours:
             raise UserError(f"{path}: {name} is {values[name]!r}; only GPT-2's own {ours!r} is supported: take a GPT-2")
-    return checked({"block_size": values.get("n_positions", 1024), "vocab_size": values.get("vocab_size", 50257),
-                    **{name: values.get(name) for name in ("n_layer", "n_head", "n_embd", "eos_token_id")}}, path)
+    return checked({"vocab_size": 50257, **values, "block_size": values.get("n_positions", 1024)}, path)
 
 
 def config_from(state, path):
@@ -142,8 +138,9 @@ def read_nanogpt(path):
     try:
         numbers = checked({name: saved["model_args"][name] for name in NUMBERS}, path)
         tensors = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in saved["model"].items()}
-        for name in [name for name in tensors if re.search(r"(ln_.|c_\w+)\.weight$", name)]:
-            tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(tensors[name])))
+        for name in list(tensors):
+            if re.search(r"(ln_.|c_\w+)\.weight$", name):
+                tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(tensors[name])))
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is no checkpoint of nanoGPT; for one of train.py name its out_dir") from None
     return tensors.items(), numbers
@@ -159,8 +156,6 @@ def read_gpt2(path):
         tensors, numbers = read_tensors(path), read_config(config) if config.exists() else None
     for name, tensor in tensors:
         name = name.removeprefix("transformer.")
-        if name in state:
-            raise UserError(f"{path} holds {name} twice, once as transformer.{name}; download or write it again")
         if TRANSPOSED.search(name) and tensor.dim() == 2 and not from_nanogpt:  # nanoGPT's matrices lie as ours do
             tensor = tensor.t()
         if not MASKS.fullmatch(name):
@@ -238,8 +233,6 @@ def base_of(path):
         raise UserError(f"{path}: base_model_name_or_path is {base!r}; write there which weights it was trained on")
     return base.removeprefix("openai-community/")
 
-
-# ---- where the weights are ------------------------------------------------------------------------------------------
 
 def locate(name_or_path):
     """The weights file behind a name of OpenAI's (downloaded on first use), a directory or a file."""

@@ -22,7 +22,7 @@ from resource import RUSAGE_SELF, getrusage
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
-from weights import SIZES  # noqa: E402
+from nanosft.weights import SIZES  # noqa: E402
 
 CONTENDERS = {"full": {}, "low-memory": {"low_memory": True}, "lora": {"lora_rank": 8},
               "float32": {"dtype": "float32"}, "lora-float32": {"lora_rank": 8, "dtype": "float32"}}
@@ -52,8 +52,7 @@ def run_one(directory, name, steps):
     import train
     train.main(train.TrainConfig(
         data_dir=str(directory / "data"), init_from=str(directory / "weights"), out_dir=str(directory / name),
-        max_steps=steps, overwrite=True, device="cpu", compile="off", eval_interval=0, forget_text="none", hardest=0,
-        **CONTENDERS[name]))
+        max_steps=steps, overwrite=True, device="cpu", compile="off", eval_interval=0, **CONTENDERS[name]))
     with open(directory / name / "log.csv", newline="") as file:
         seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
     steady = sorted(seconds[2:])

@@ -38,8 +38,8 @@ GONE = object()  # in a change of JSON: the key is deleted
 
 @contextmanager
 def refused(message, directory, config_class=None):
-    """Within it a UserError or OSError of one line that matches `message`; in the directory nothing comes or goes. Flags
-    that the message names are `config_class`'s or, where it speaks of preparing the data, that script's."""
+    """Within it a UserError or OSError of one line that matches `message`; in the directory nothing comes or goes. A
+    flag that the message names is one of `config_class` or, where it speaks of preparing the data, of that."""
     before = sorted(directory.rglob("*"))
     with pytest.raises((UserError, OSError), match=message) as caught:
         yield
@@ -142,8 +142,6 @@ RECORDS = [
     ("pretty.json", '{\n"instruction": "a"\n}', "^pretty.json, line 1, column .*expected one record a line$"),
     ("cut.jsonl", ONE + ONE[:20], "^cut.jsonl, line 2, column .*not valid JSON .*expected one record a line$"),
     ("two.jsonl", ONE + '{"text": "a"} {"text": "b"}', "line 2, column 15: not valid JSON .Extra data"),
-    ("control.jsonl", '{"text": "a\0b"}', "line 1, column 12: not valid JSON .Invalid control character"),
-    ("nul.jsonl", ONE + "\0\0\0\0\n", "line 2, column 1: not valid JSON"),
     ("quotes.jsonl", "{'text': 'a'}", "line 1, column 2: not valid JSON .*double quotes"),
     ("empty.json", "", "^--input: empty.json leaves nothing to train on .it is empty.$"),
     *((f"empty.{kind}", "", "leaves nothing to train on") for kind in ("jsonl", "csv", "txt", "jsonl.gz")),
@@ -156,32 +154,23 @@ RECORDS = [
     *((f"noise.{kind}", NOISE, f"noise.{kind}.*again as UTF-8") for kind in ("jsonl", "csv", "json", "txt", "txt.gz")),
     ("noise.gz", NOISE, "noise.gz is none of .json"),
     ("cut.jsonl.gz", PACKED[:-9], "cut.jsonl.gz, in or after line .*ended before.*download it again"),
-    ("cut.csv.gz", PACKED[:30], "cut.csv.gz, .*download it again"),
-    ("two.txt.gz", b"\x1f\x8b", "two.txt.gz: .*ended.*download it again"),
     ("sum.jsonl.gz", PACKED[:-8] + bytes(8), "sum.jsonl.gz, .*CRC check failed.*download it again"),
     ("method.txt.gz", PACKED[:2] + b"\7" + PACKED[3:], "method.txt.gz: .*compression method.*download it again"),
     ("deep.json", "[" * 100_000, "deep.json, .*recursion.*again as UTF-8 json"),
     ("deep.jsonl", ONE + '{"text": ' * 50_000, "deep.jsonl, in or after line 2: .*recursion"),
     ("digits.jsonl", '{"text": ' + "9" * 5000 + "}", "digits.jsonl, in or after line 1: Exceeds the limit"),
-    ("long.jsonl", lambda: ONE + '{"instruction": "' + "x" * 50_000_000, "line 2, column 17: .*Unterminated"),
-    ("long.csv", lambda: "x" * 50_000_000 + ",b\n1,2\n", "long.csv, line 2: unknown kind of record with 'xxx.* xxx"),
-    ("key.jsonl", lambda: '{"' + "k" * 50_000_000 + '": 1}', "line 1: unknown kind .* and --response_format$"),
-    ("field.jsonl", lambda: '{"text": ["' + "y" * 50_000_000 + '"]}', """'text' must be text, not ."y{38}$"""),
+    ("long.jsonl", lambda: ONE + '{"instruction": "' + "x" * 20_000_000, "line 2, column 17: .*Unterminated"),
+    ("long.csv", lambda: "x" * 20_000_000 + ",b\n1,2\n", "long.csv, line 2: unknown kind of record with 'xxx.* xxx"),
+    ("field.jsonl", lambda: '{"text": ["' + "y" * 20_000_000 + '"]}', """'text' must be text, not ."y{38}$"""),
     # not what a record is
     ("number.json", "3", "^number.json, line 1: a record is an object with named fields, not 3$"),
-    ("null.jsonl", ONE + "null", "line 2: a record is an object with named fields, not null"),
-    ("string.json", '["text"]', '^string.json, record 1: a record is an object with named fields, not "text"$'),
     ("white.txt", "a" + " \n" * 100_000 + "b", "white.txt: 100,000 characters of white space in a row are too many"),
     ("white.jsonl", json.dumps({"text": " " * 200_000}), "line 1: 'text': 100,000 characters of white space"),
     ("lists.jsonl", "[" * 500 + "]" * 500, r"named fields, not \[{40}; name a file that is one list .json$"),
-    ("margin.jsonl", '{"text": ' + "[" * 850 + "]" * 850 + "}", r"line 1: 'text' must be text, not \[{40}$"),
     ("none.jsonl", "{}", "line 1: unknown kind of record with no fields: expected instruction and output, .*"),
     ("unknown.jsonl", '{"question": "a"}', "line 1: unknown kind of record with 'question': .*give --prompt_format"),
-    ("wrapped.json", f'{{"data": [{ONE.strip()}]}}', "line 1: unknown kind of record with 'data'"),
     ("lines.jsonl", json.dumps({"a\nb\x1b[31m": 1}), r"line 1: unknown kind of record with 'a\\nb\\x1b"),
     ("missing.jsonl", ONE + '{"instruction": "a"}', "line 2: 'output' is missing; the fields are 'instruction'$"),
-    ("answer.jsonl", '{"prompt": "a"}', "line 1: 'completion' is missing; the fields are 'prompt'"),
-    ("nulls.jsonl", '{"instruction": "a", "output": {"b": [null, {"c": null}]}}', "'output' must be text, not {.b"),
     ("surrogate.json", r'[{"text": "a\udc00"}]', "record 1: 'text': half a surrogate pair .* is no text; repair it"),
     # conversations
     ("none_said.jsonl", '{"messages": []}', NO_LIST), ("dict.jsonl", '{"messages": {"role": "user"}}', NO_LIST),
@@ -190,12 +179,9 @@ RECORDS = [
     ("root.jsonl", turns(("root", "x")), "line 1: the role 'root' is none of system, user, assistant"),
     ("forged.jsonl", turns(("user", "a"), ("assistant\n", "b")), r"the role 'assistant\\n' is none of system"),
     ("role.jsonl", turns((["user"], "a")), r"""line 1: 'role' must be text, not \["user"\]"""),
-    ("roleless.jsonl", '{"messages": [{"content": "a"}]}', "'role' is missing; the fields are 'content'"),
     ("empty_turn.jsonl", '{"messages": [{}]}', "'role' is missing; the fields are none"),
     ("content.jsonl", turns(("user", None)), "'content' must be text, not null"),
-    ("parts.jsonl", turns(("user", [{"type": "text"}])), r"'content' must be text, not \[{"),
-    ("sharegpt.jsonl", '{"conversations": [{"from": "bing", "value": "x"}]}', "the role 'bing' is none of"),
-    ("several.jsonl", turns(("user", "a"), ("assistant", "b"), ("user", "c")),
+    ("several.jsonl", turns(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")),
      "the alpaca template holds one question and one answer, not user .*--template=chat", dict(template="alpaca")),
     ("unanswered.jsonl", turns(("user", "a")) * 2, "nothing to train on .2 records, 2 dropped: no answer, or empty"),
     ("mixed.jsonl", ONE + '{"text": "a"}', "line 2: a text record among conversation records; prepare each kind by"),
@@ -205,14 +191,12 @@ RECORDS = [
     ("wide.tsv", "text\tb\n1\t2\t3\n", "wide.tsv, line 2: 3 fields where the header has 2; quote fields that hold"),
     ("twice.csv", "text,b,text\n1,2,3\n", r"twice.csv, line 1: duplicate column names in \['text'.*; rename them"),
     ("unclosed.csv", 'text,b\n1,"2\n3,4\n', "unclosed.csv, in or after line 1: unexpected end of data"),
-    ("after.csv", 'text,b\n1,"2"x\n', "after.csv, .*expected after"),
     ("columns.csv", "q,a\n1,2\n", "columns.csv, line 2: unknown kind of record with 'q', 'a'.*give --prompt_format"),
     ("semicolons.csv", "q;a\n1;2\n", "line 2: unknown kind of record with 'q;a': .* names them with commas"),
     # formats
     ("one.csv", "title,text\n1,2\n", "line 2: --response_format names {label}; the columns are title, text", COLUMNS),
     ("other.csv", "label,text\n1,2\n", "line 2: --prompt_format names {title}; the columns are label, text", COLUMNS),
     ("newline.csv", '"a\nb",c\n1,2\n', "line 3: --prompt_format names {title}; the columns are a b, c$", COLUMNS),
-    ("no_columns.jsonl", "{}", "line 1: --prompt_format names {title}; the columns are none", COLUMNS),
     ("column.jsonl", '{"title": null, "label": "a"}', "line 1: 'title' must be text, not null", COLUMNS),
     ("label.jsonl", '{"title": "a", "label": {"b": null}}', "line 1: 'label' must be text, not {", COLUMNS),
     ("format.jsonl", ONE, "--response_format: needed with --prompt_format", dict(prompt_format="{a}")),
@@ -239,9 +223,8 @@ def test_records(name, content, message, flags, tmp_path):
 
 @pytest.mark.parametrize("field", ["instruction", "input", "output", "prompt", "completion", "response", "text"])
 def test_a_field_that_is_no_text(field, tmp_path):
-    names = next(names for names in (("instruction", "input", "output"), ("prompt", "completion"), ("prompt", "response"),
-                                     ("text",)) if field in names)
-    record = dict.fromkeys(names, "a")
+    kinds = ("instruction", "input", "output"), ("prompt", "completion"), ("prompt", "response"), ("text",)
+    record = dict.fromkeys(next(names for names in kinds if field in names), "a")
     for value in (True, [], {}, ["a"], {"a": None}, None, math.nan):
         if field == "input" and (value is None or value != value):
             continue  # says that there is none
@@ -353,7 +336,9 @@ def test_any_byte_of_a_shard_that_changes_is_found(data, tmp_path):
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     out_dir = tmp_path_factory.mktemp("run") / "out"
-    training(data, out_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.report, "plot", lambda out_dir: None)  # which takes seconds
+        training(data, out_dir)
     return out_dir
 
 
@@ -381,7 +366,7 @@ CHECKPOINTS = [
     ("text", put("ckpt.pt", "step 3, loss 2.5\n"), UNREADABLE), ("noise", put("ckpt.pt", NOISE), UNREADABLE),
     ("a pickle that runs code", evil(pickle.dump, "ckpt.pt"), r"\(UnpicklingError.*; start anew with --overwrite"),
     ("torch's pickle that runs code", evil(torch.save, "ckpt.pt"), r"\(UnpicklingError.*; start anew with --overwrite"),
-    ("a tensor", lambda path: torch.save(torch.ones(3), path / "ckpt.pt"), UNREADABLE),
+    ("a list", lambda path: torch.save([1, 2], path / "ckpt.pt"), UNREADABLE),
     ("another version", saved(format_version=1), "format 1, this program reads 2.*; start anew with --overwrite, or"),
     *((f"without {name}", saved(**{name: GONE}), UNREADABLE) for name in ("format_version", "values", "tensors")),
     *((f"another {name}", saved("values", **{name: value}), OTHER_SUM) for name, value in (
@@ -469,7 +454,6 @@ WEIGHTS = [  # tests/test_weights.py has more false headers
     ("one name in two spellings", tensors(False, wte__weight=W, transformer__wte__weight=W), "wte.weight twice" + ELSE),
     ("a matrix of three dimensions", tensors(False, h__0__mlp__c_fc__weight=torch.zeros(2, 2, 2)), NO_FIT),
     ("alone: no GPT-2", tensors(a=W), NO_GPT2), ("alone: a vector", tensors(wte__weight=W[0], wpe__weight=P), NO_GPT2),
-    ("alone: a number", tensors(wte__weight=W, wpe__weight=P[0, 0]), NO_GPT2),
     ("alone: no layer", tensors(wte__weight=W, wpe__weight=P), NO_GPT2),
     ("alone: a layer x", tensors(wte__weight=W, wpe__weight=P, h__x__a=P), NO_GPT2),
     ("alone: layer 10^7", tensors(wte__weight=W, wpe__weight=P, h__9999999__a=P), NO_FIT),
@@ -503,16 +487,15 @@ def test_weights(change, message, weights, tmp_path, monkeypatch):
 
 ARGS = {"block_size": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 64}
 NO_NANOGPT = "ckpt.pt is no checkpoint of nanoGPT; for one of train.py name its out_dir"
-NANOGPT = [
-    ("nothing", {}, NO_NANOGPT), ("no dict", [1], NO_NANOGPT), ("no weights", {"model_args": ARGS}, NO_NANOGPT),
-    ("a number for a matrix", {"model_args": ARGS, "model": {"h.0.ln_1.weight": W[0, 0]}}, NO_NANOGPT),
-    ("half a model", {"model_args": ARGS, "model": {"wte.weight": W}}, "ckpt.pt does not fit config.json"),
-    ("no heads", {"model_args": {**ARGS, "n_head": 0}, "model": {}}, "no GPT-2 configuration: n_head is 0" + ELSE),
-    ("code", Evil(), r"ckpt.pt holds no plain tensors \(UnpicklingError\)"),
-]
 
 
-@pytest.mark.parametrize("content, message", cases(NANOGPT))
+@pytest.mark.parametrize("content, message", [
+    ({}, NO_NANOGPT), ([1], NO_NANOGPT), ({"model_args": ARGS}, NO_NANOGPT),
+    ({"model_args": ARGS, "model": {"h.0.ln_1.weight": W[0, 0]}}, NO_NANOGPT),
+    ({"model_args": {"n_layer": 1}, "model": {}}, NO_NANOGPT),
+    ({"model_args": ARGS, "model": {"wte.weight": W}}, "ckpt.pt does not fit config.json"),
+    ({"model_args": {**ARGS, "n_head": 0}, "model": {}}, "no GPT-2 configuration: n_head is 0" + ELSE),
+    (Evil(), r"ckpt.pt holds no plain tensors \(UnpicklingError\)")])
 def test_checkpoints_of_nanogpt(content, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "ckpt.pt")
@@ -546,7 +529,6 @@ ADAPTERS = [
         ("lora_dropout", None))),
     ("unknown option", adapter(use_warp=True), "the adapter's option use_warp=True is not supported; merge it into"),
     ("a base that is none", base_is(None), "base_model_name_or_path is None; write there which weights"),
-    ("no base", base_is(GONE), "base_model_name_or_path is None; write there which weights"),
     ("a base that is a list", base_is(["gpt2"]), r"base_model_name_or_path is \['gpt2'\]; write there which weights"),
     ("a base that is not there", base_is("no/where"), "no model 'no/where': expected gpt2"),
     ("its own base", base_is("adapter"), "the base adapter is itself an adapter; name plain"),
@@ -585,11 +567,8 @@ SAMPLES = [
     ("--file missing", wording(), dict(file="nowhere.jsonl"), "--file: nowhere.jsonl is not there; prepare_data.py"),
     ("--file a directory", wording(), dict(file="model"), "--file: model is not there; prepare_data.py leaves"),
     ("--file empty", *file(""), "--file: model/a.jsonl holds no records; give one"),
-    ("--file cut", *file(ONE + ONE[:9]), "a.jsonl, line 2, column .*one record a line"),
     ("--file noise", *file(NOISE), "a.jsonl, in or after line 1: .*UTF-8 jsonl"),
-    ("--file weights", wording(), dict(file="model/model.safetensors"), "model.safetensors, .*UTF-8"),
     ("--file of texts", *file('{"text": "a"}'), "line 1: nothing is asked before .* answer; give each record"),
-    ("--file role", *file(turns((["user"], "a"))), "line 1: 'role' must be text"),
     ("--file unasked", *file(turns(("assistant", "a"))), "line 1: nothing is asked before .* answer; give each"),
     ("--output nowhere", *file(ONE, output="no/where"), "No such file or directory"),
     *((f"--prompt {text[:20]}", TWO, dict(prompt=text), TWO_COLUMNS) for text in (
@@ -599,7 +578,6 @@ SAMPLES = [
     ("--adapter a model", wording(), dict(adapter="model"), "--adapter: model holds no adapter; name it with --model"),
     ("--data_dir nowhere", wording(), dict(data_dir="no"), "--data_dir: no prepared data in no; run python prepare_"),
     ("prompt.json cut", cut("prompt.json", 20), PROMPT, "prompt.json is no JSON object; download or write it"),
-    ("prompt.json a list", put("prompt.json", "[]"), PROMPT, "prompt.json is no JSON object; download or write it"),
     *((f"prompt.json: {name} is {value!r}", wording(**{name: value}), PROMPT, f"prompt.json: {name} is .*{PUT_BACK}")
       for name, value in (("template", GONE), ("response_format", GONE), ("prompt_format", 3), ("encoding", None))),
     ("prompt.json in Klingon", wording(encoding="klingon"), PROMPT, "encoding='klingon' is none of bytes, gpt2"),
@@ -686,13 +664,9 @@ def test_fuzz_records(content, suffix, flags):
 @given(draw=st.data())
 def test_fuzz_weights(draw, weights):
     content = (weights / "model.safetensors").read_bytes()
-    length = 8 + int.from_bytes(content[:8], "little")
-
-    def with_header(text):
-        return len(text).to_bytes(8, "little") + text + content[length:]
-    changed = draw.draw(mutated([content]) | mutated([content[:length]]).map(lambda head: head + content[length:])
-                        | mutated([content[8:length]]).map(with_header))
-    empty, sizes = torch.empty, [0]
+    length, empty, sizes = 8 + int.from_bytes(content[:8], "little"), torch.empty, [0]
+    header = draw.draw(mutated([content[8:length]]))
+    changed = draw.draw(mutated([content]) | st.just(len(header).to_bytes(8, "little") + header + content[length:]))
 
     def watched(*args, **options):
         tensor = empty(*args, **options)
@@ -703,8 +677,7 @@ def test_fuzz_weights(draw, weights):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "empty", watched)
             survives(lambda: list(read_safetensors(Path(directory) / "model.safetensors")))
-        assert max(sizes) <= len(changed)
+        assert max(sizes) <= len(changed)  # a false header allocates no more than the file has
         if draw.draw(st.booleans()):
-            settings_file = (weights / "config.json").read_bytes()
-            (Path(directory) / "config.json").write_bytes(draw.draw(mutated([settings_file])))
+            (Path(directory) / "config.json").write_bytes(draw.draw(mutated([(weights / "config.json").read_bytes()])))
         survives(GPT.from_pretrained, directory)

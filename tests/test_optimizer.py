@@ -1,12 +1,10 @@
 """nanosft/optimizer.py against torch's AdamW; what it skips, keeps and restores; and that it waits for no device."""
-import copy
 import io
 import re
 
 import pytest
 import torch
-from conftest import ROOT, colour_records, tiny
-from torch.utils._python_dispatch import TorchDispatchMode
+from conftest import ROOT, tiny
 from torch.utils._pytree import tree_leaves
 
 import train
@@ -68,7 +66,7 @@ def test_masters_follow_torchs_adamw_and_parameters_are_the_rounded_masters(dtyp
         reference.step()
         assert norm.item() == pytest.approx(expected.item(), rel=1e-12 if exact else 1e-5)
         for name, master in ours.masters.items():
-            assert torch.allclose(master, theirs[name], rtol=0, atol=1e-12 if exact else 1e-7)
+            assert torch.allclose(master, theirs[name], rtol=0, atol=1e-12 if exact else 2.5e-7)  # 2 ulps of 1.0
             assert ours.parameters[name].dtype == dtype and torch.equal(ours.parameters[name], master.to(dtype))
     is_own = {ours.parameters[name].data_ptr() == master.data_ptr() for name, master in ours.masters.items()}
     assert is_own == {dtype.itemsize >= 4}
@@ -86,10 +84,8 @@ def test_low_memory_keeps_both_moments_in_bfloat16_and_follows_within_two_percen
 def test_a_loss_gradient_or_norm_that_is_not_finite_changes_nothing(dtype, low_memory):
     optimizer, scales = take_steps(small(dtype, low_memory=low_memory), range(2)), ("loss_scale", "good_steps")
     before = contents(optimizer, but=scales)
-    cases = [(torch.nan, 0.0), (torch.inf, 0.0), (1.0, torch.nan), (1.0, -torch.inf)]
-    if dtype != torch.float16:  # its largest number has a finite square in float32
-        cases.append((1.0, torch.finfo(dtype).max))
-    for loss, value in cases:
+    too_large = torch.inf if dtype == torch.float16 else torch.finfo(dtype).max  # float32 holds float16's squares
+    for loss, value in (torch.nan, 0.0), (torch.inf, 0.0), (1.0, torch.nan), (1.0, -torch.inf), (1.0, too_large):
         give_gradients(optimizer, 7)
         optimizer.parameters["1.bias"].grad[3] = value
         assert not (optimizer.step(1e-3, torch.tensor(loss), 1.0) + loss).isfinite()
@@ -99,12 +95,12 @@ def test_a_loss_gradient_or_norm_that_is_not_finite_changes_nothing(dtype, low_m
 
 def test_float16s_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_steps_in_a_row():
     optimizer, scales = small(torch.float16), []
-    for good_steps, loss in ((0, 1.0), (0, torch.inf), (1998, 1.0), (1999, 1.0), (2000, 1.0), (1999, torch.nan)):
+    for good_steps, loss in (0, 1.0), (0, torch.inf), (999, 1.0), (1998, 1.0), (1999, 1.0), (2000, 1.0), (1999, torch.nan):
         optimizer.good_steps.fill_(good_steps)
         give_gradients(optimizer, 0)
         optimizer.step(1e-3, torch.tensor(loss), 1.0)
         scales.append((int(torch.log2(optimizer.loss_scale)), int(optimizer.good_steps)))
-    assert scales == [(16, 1), (15, 0), (15, 1999), (16, 2000), (16, 2001), (15, 0)]
+    assert scales == [(16, 1), (15, 0), (15, 1000), (15, 1999), (16, 2000), (16, 2001), (15, 0)]
     assert take_steps(small(torch.bfloat16), [0]).loss_scale == 1
 
 
@@ -141,53 +137,22 @@ def test_a_state_that_was_saved_goes_on_bit_for_bit(dtype, low_memory):
     assert same(contents(take_steps(resumed, range(3, 6))), contents(take_steps(straight, range(3, 6))))
 
 
-@pytest.mark.parametrize("kind, name, tensor", [
-    ("means", "0.bias", None), ("masters", "x", torch.ones(3)), ("squares", "0.bias", torch.ones(401)),
-    ("masters", "0.bias", torch.ones(400, dtype=torch.bfloat16))])
+@pytest.mark.parametrize("kind, name, tensor", [("means", "x", torch.ones(3)), ("squares", "0.bias", torch.ones(401)),
+                                                ("masters", "0.bias", torch.ones(400).half())])
 def test_a_state_of_other_names_shapes_or_dtypes_is_refused(kind, name, tensor):
-    state = copy.deepcopy(small(torch.bfloat16).state_dict())
-    state[kind].pop(name, None)
-    state[kind].update({} if tensor is None else {name: tensor})
+    state = small(torch.bfloat16).state_dict()
+    state[kind][name] = tensor
     with pytest.raises(AssertionError, match=kind):
         small(torch.bfloat16).load_state_dict(state)
 
 
-# ---- devices --------------------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("dtype, low_memory", [(torch.float32, False), (torch.float16, False), (torch.bfloat16, True)])
-def test_a_step_waits_for_no_device(dtype, low_memory):
+def test_a_step_waits_for_no_device_and_only_the_slice_size_depends_on_it(dtype, low_memory):
     """On torch's meta device, which computes no values, every attempt to look at one fails."""
     model = tiny().to("meta")
     optimizer = AdamW(model, dtype, low_memory=low_memory)
     batch = *torch.zeros(2, 12, dtype=torch.int64), [9, 3]
     loss = train.accumulate(model, optimizer, [batch, batch], 24)
     assert optimizer.step(1e-3, loss, 1.0).device.type == "meta"
-
-
-def test_only_the_size_of_slices_depends_on_the_device():
     lines = (ROOT / "nanosft" / "optimizer.py").read_text().splitlines()
     assert [line.split()[0] for line in lines if re.search('"(cpu|cuda|mps)', line)] == ["self.slice_size"]
-
-
-class NoFloat64(TorchDispatchMode):
-    """Refuses float64, which a Mac's GPU does not have, but in what `.cpu()` has brought from there."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.on_cpu, move = [], torch.Tensor.cpu
-        monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: self.on_cpu.append(move(tensor)) or self.on_cpu[-1])
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        inputs, outputs = ([x for x in tree_leaves(tensors) if isinstance(x, torch.Tensor)] for tensors in (args, found))
-        if torch.float64 in {x.dtype for x in outputs} - {x.dtype for x in inputs}:
-            assert any(x is y for x in inputs for y in self.on_cpu), f"{function} makes float64 on the device"
-        return found
-
-
-def test_a_run_makes_no_float64_on_the_device(prepare, tmp_path, monkeypatch):
-    config = train.TrainConfig(data_dir=str(prepare(colour_records(12))), out_dir=str(tmp_path / "out"), n_layer=1,
-                               n_embd=32, init_from="scratch", max_steps=1, device="cpu", dtype="float32")
-    with NoFloat64(monkeypatch) as device:
-        assert train.main(config).val_loss > 0
-    assert device.on_cpu

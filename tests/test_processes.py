@@ -67,7 +67,7 @@ def test_two_and_three_processes_give_the_numbers_of_one(flags, data, tmp_path, 
         common.append(f"--init_from={tmp_path / 'base'}")
     for count in (1, 2, 3):
         out = finish(launch(count, *common, *flags, f"--out_dir={tmp_path / str(count)}"))
-        assert out.count("done: ") == 1 and (count == 1 or f"{count} processes" in out)
+        assert out.count("done: ") == 1  # one of them speaks for all
     same(tmp_path / "1", tmp_path / "2")
     same(tmp_path / "1", tmp_path / "3")
 
@@ -83,7 +83,7 @@ def test_a_step_of_fewer_examples_than_processes_loses_nothing(data, tmp_path, l
 
 
 def test_a_stopped_job_is_resumed_with_another_number_of_processes(data, tmp_path, launch):
-    common = [f"--data_dir={data}", "--max_steps=400", "--save_interval=20", "--eval_interval=0", "--dtype=float64"]
+    common = [f"--data_dir={data}", "--max_steps=200", "--save_interval=10", "--eval_interval=0", "--dtype=float64"]
     finish(launch(1, *common, f"--out_dir={tmp_path / 'straight'}"))
     job = launch(2, *common, f"--out_dir={tmp_path / 'parts'}")
     wait_for_checkpoint(job, tmp_path / "parts")
@@ -91,7 +91,7 @@ def test_a_stopped_job_is_resumed_with_another_number_of_processes(data, tmp_pat
     out, _ = job.communicate(timeout=60)
     assert "saved; go on with: python train.py --resume" in out
     step = torch.load(tmp_path / "parts" / "ckpt.pt", weights_only=True)["values"]["state"]["step"]
-    assert 20 <= step < 400 and len(rows(tmp_path / "parts")) == step
+    assert 10 <= step < 200 and len(rows(tmp_path / "parts")) == step
     finish(launch(3, "--resume", f"--out_dir={tmp_path / 'parts'}"))
     same(tmp_path / "straight", tmp_path / "parts")
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import tiny, write_lines
+from test_weights import lora_model
 
 import sample
 from model import GPT
@@ -27,8 +28,9 @@ SPECS = {name: {"template": template, "prompt_format": prompt_format, "response_
              ("two", "alpaca", "{title}|{abstract}|", "{label}"))}
 
 
-def saved(path, spec, **changes):
-    tiny(block_size=512, **changes).save_pretrained(path)
+def saved(path, spec, model=None, **changes):
+    """The path of a model with its wording, as train.py leaves them."""
+    (model or tiny(block_size=512, **changes)).save_pretrained(path)
     (path / "prompt.json").write_text(json.dumps({"encoding": "bytes", **spec}))
     return str(path)
 
@@ -84,14 +86,12 @@ def test_plain_models_and_text_models_go_on_with_the_text(tmp_path, heard, gpt2_
 
 def test_streaming_never_breaks_a_character(tmp_path, heard, monkeypatch):
     model, writes = saved(tmp_path, SPECS["chat"]), []
-    heard.replies = [[*"né 🙂!".encode(), STOP], [*"🙂".encode()[:2], STOP], [*b" ends", STOP]]
+    heard.replies = [[*"né 🙂!".encode(), STOP], [*"🙂".encode()[:2], STOP]]
     monkeypatch.setattr("builtins.print", lambda *words, end="\n", **_: writes.append(" ".join(words) + end))
     assert use(model, prompt="x", max_new_tokens=20) == ["né 🙂!"]
     assert "🙂" in writes and "".join(writes) == "né 🙂!\n"
     use(model, prompt="x")
     assert "".join(writes).endswith("\n�\n")  # what never became a character is shown as such
-    assert use(model, prompt="x", answer="It") == ["It ends"]  # a half-written answer is gone on with
-    assert bytes(heard.prompts[2][-12:]) == b"assistant\nIt" and "".join(writes).endswith("\nIt ends\n")
 
 
 def test_draws_depend_on_the_seed_alone(tmp_path):
@@ -197,7 +197,7 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
     loaded.spec["response_format"] = " {label}"
     assert score.label_set([], "pos, neg,new", loaded) == [" pos", " neg", " new"]
     assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == []  # no place for one and its stop
-    with pytest.raises(UserError, match="--labels: one has 65 tokens, more than the context: give short ones"):
+    with pytest.raises(UserError, match="--labels: one has 65 tokens"):
         score.label_set([], "b," + "a" * 64, loaded)
     score.confusion(["a", "b", "c"], ["a", "a", "a"], ["a", "b"])
     assert "1 of 3 records have another answer than these labels: they count as wrong" in capsys.readouterr().out
@@ -210,15 +210,13 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
 @pytest.mark.parametrize("flags, message", [
     (dict(model="out"), "--model=out: nothing is trained there yet; run python train.py"),
     (dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512"),
-    (dict(model="two", prompt='{"title": "x"}'), "--prompt: this model reads the columns title, abstract"),
     (dict(model="two", system="x", prompt="x"), "--system: only the chat template"),
     (dict(model="plain", prompt="x"), "has 257 token ids, the gpt2 encoding 50257: give the --data_dir"),
     (dict(file="bad.jsonl", output="chat"), "--output=chat is a directory; name a file"),
     (dict(file="bad.jsonl"), "bad.jsonl, line 2: 'instruction' must be text, not null"),
     (dict(export="two"), "two holds a model already; name another directory"),
-    (dict(model="chat,two", export="new"), "--export writes one model; name one"),
-    (dict(temperature=-1, top_p=0, adapter="a", model="b,c"),
-     "--temperature: -1 is neither 0 nor.*--top_p: 0 is not in.*--adapter: needs one --model")])
+    (dict(temperature=-1, top_p=0, export="new", model="chat,two"),
+     "--temperature: -1 is neither 0 nor.*--top_p: 0 is not in.*--export: writes one model; name one")])
 def test_wrong_use_gets_one_line(flags, message, tmp_path, monkeypatch, gpt2_encoding):
     monkeypatch.chdir(tmp_path)
     saved(tmp_path / "chat", SPECS["chat"])
@@ -232,26 +230,21 @@ def test_wrong_use_gets_one_line(flags, message, tmp_path, monkeypatch, gpt2_enc
 
 # ---- adapters and export --------------------------------------------------------------------------------------------
 
-def adapter(path, base, seed):
-    model = GPT.from_pretrained(base).add_lora(4, 6.0, 0.0, ["c_attn", "c_proj", "c_fc"])
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.1)
-    model.save_adapter(path, str(base))
-    (path / "prompt.json").write_text(json.dumps({**SPECS["chat"], "encoding": "bytes"}))
+def adapter(path, base, seed, **more):
+    lora_model(GPT.from_pretrained(base), seed=seed).save_adapter(path, base)
+    (path / "prompt.json").write_text(json.dumps({**SPECS["chat"], "encoding": "bytes", **more}))
     return str(path)
 
 
-def test_adapters_answer_side_by_side_over_one_base(tmp_path, capsys):
+def test_adapters_answer_side_by_side_and_on_their_own_base_alone(tmp_path, capsys):
     base = saved(tmp_path / "base", SPECS["chat"])
     a, b = adapter(tmp_path / "a", base, 1), adapter(tmp_path / "b", base, 2)
     alone = [use(name, prompt="x")[0] for name in (a, b)]
-    assert use(base, adapter=f"{a},{b}", prompt="x") == use("out", adapter=f"{a},{b}", prompt="x") == alone
-    assert alone[0] != alone[1] and f"{a}: {alone[0]}" in capsys.readouterr().out
-    (tmp_path / "a" / "prompt.json").write_text(json.dumps({**SPECS["chat"], "encoding": "bytes", "base_sha256": "0"}))
-    with pytest.raises(UserError, match="a was trained on other weights than .*base/model.safetensors holds; name tho"):
-        use(base, adapter=a, prompt="x")
+    assert use(f"{a},{b}", prompt="x") == alone and alone[0] != alone[1]
+    assert f"{a}: {alone[0]}" in capsys.readouterr().out
+    other = adapter(tmp_path / "c", base, 1, base_sha256="0")
+    with pytest.raises(UserError, match="c was trained on other weights than .*base/model.safetensors holds; write"):
+        use(other, prompt="x")
 
 
 def test_an_export_is_what_was_trained_bit_for_bit_and_lora_is_merged_in_float32(tmp_path):
@@ -275,9 +268,7 @@ def test_transformers_stops_where_the_encoding_does_on_padded_vocabularies(vocab
     with torch.no_grad():
         model.wte.weight[STOP] = 100 * model.ln_f.bias  # by far the highest logit
     model.config.eos_token_id = vocab_size - 1
-    model.save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "prompt.json").write_text(json.dumps({**SPECS["chat"], "encoding": "bytes"}))
-    use(tmp_path / "m", export=str(tmp_path / "e"))
+    use(saved(tmp_path / "m", SPECS["chat"], model), export=str(tmp_path / "e"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e")
     ids = theirs.generate(torch.tensor([[1, 2, 3]]), attention_mask=torch.ones(1, 3), max_new_tokens=9, do_sample=False)
     assert ids.tolist() == [[1, 2, 3, STOP]]
@@ -288,28 +279,28 @@ def test_transformers_stops_where_the_encoding_does_on_padded_vocabularies(vocab
 def test_an_export_gives_transformers_the_logits_and_prompt_ids(template, tmp_path, gpt2_encoding):
     spec = {**SPECS[template], "encoding": "gpt2"}
     ours = tiny(vocab_size=50257, block_size=256)
-    ours.save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "prompt.json").write_text(json.dumps(spec))
-    use(tmp_path / "m", export=str(tmp_path / "e"))
+    use(saved(tmp_path / "m", spec, ours), export=str(tmp_path / "e"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "e")
     assert tokenizer.eos_token_id == theirs.generation_config.eos_token_id == 50256
     assert sample.load(SampleConfig(model=str(tmp_path / "e"), device="cpu"))[0].spec == spec
 
+    def ours_of(record):
+        return encode(render(to_messages(record, spec, answered=False), spec), gpt2_encoding)[0]
+
     def theirs_of(messages):
         unanswered = messages[-1]["role"] == "user"
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=unanswered, return_dict=False))
 
+    column = "question" if template == "one" else "instruction"
     for text in ("Name it.", "  naïve  日本 🙂\n\n\ttabs, don't 12345", "a" * 50, 'say "x" \\ {y} {{z}}'):
-        column = "question" if template == "one" else "instruction"
-        prompt = encode(render(to_messages({column: text}, spec, answered=False), spec), gpt2_encoding)[0]
+        prompt = ours_of({column: text})
         assert theirs_of(turns(text)) == prompt
         with torch.no_grad():
             assert torch.allclose(theirs(torch.tensor([prompt])).logits, ours.eval()(torch.tensor([prompt])), atol=1e-4)
     for messages in (turns("Hi", system="Be."), turns("Hi", "Ho", "Bye"), turns("Hi", "Ho", "Bye", "So", system="Be.")):
         if template == "chat":
-            assert theirs_of(messages) == encode(render(to_messages({"messages": messages}, spec), spec),
-                                                 gpt2_encoding)[0]
+            assert theirs_of(messages) == ours_of({"messages": messages})
         else:
             with pytest.raises(jinja2.TemplateError, match="one question"):
                 theirs_of(messages)

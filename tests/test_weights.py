@@ -39,6 +39,13 @@ def reference(n_layer=2, n_head=4, n_embd=32, vocab_size=257, n_positions=64, **
     return randomise(transformers.GPT2LMHeadModel(config).eval())
 
 
+def with_config(path, model, change):
+    """Saves the model with these entries of config.json changed."""
+    model.save_pretrained(path)
+    values = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**values, **change}))
+
+
 # ---- safetensors ----------------------------------------------------------------------------------------------------
 
 def test_safetensors_are_what_the_library_writes_and_reads(tmp_path):
@@ -56,7 +63,7 @@ A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 @pytest.mark.parametrize("header, data", [
-    (b"{not json", 8), (b"[1]", 8), ({"a": A}, 4), ({"a": A}, 9), ({"a": {**A, "shape": 2}}, 8), ({"a": 3}, 8),
+    (b"[1]", 8), ({"a": A}, 4), ({"a": A}, 9), ({"a": {**A, "shape": 2}}, 8), ({"a": 3}, 8),
     ({"a": {**A, "shape": [3]}}, 8), ({"a": {**A, "shape": [-1, -2]}}, 8), ({"a": {**A, "dtype": "F33"}}, 8),
     ({"a": {**A, "data_offsets": [-8, 0]}}, 8), ({"a": {**A, "data_offsets": [8, 16]}}, 16),
     ({"a": {"dtype": "F32"}}, 8), ({"a": A, "b": {**A, "data_offsets": [4, 12]}}, 12),
@@ -125,28 +132,17 @@ def test_both_names_and_the_tied_head_load(tmp_path):
     ({"model_type": "llama"}, "model_type is 'llama'"), ({"activation_function": "relu"}, "activation_function"),
     ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"), ({"tie_word_embeddings": False}, "tie_word"),
-    ({"n_layer": "two"}, "no GPT-2 configuration"), ({"n_head": 5}, "no multiple")])
+    ({"n_head": 5}, "no multiple")])
 def test_a_config_that_does_not_match_is_refused_by_name(change, message, tmp_path):
-    tiny().save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
+    with_config(tmp_path, tiny(), change)
     with pytest.raises(UserError, match=message):
-        GPT.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize("change", [{"n_inner": 64}, {"add_cross_attention": True}])
-def test_another_architecture_shows_in_the_tensors(change, tmp_path):
-    reference(**change).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="does not fit config.json: .*h.0.(mlp.c_fc|crossattention)"):
         GPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("given, vocab_size, expected", [(7, 257, 7), (None, 257, 256), (50256, 50304, 50256),
                                                          (None, 50304, 50256), ([3, 4], 257, 256), (999, 257, 256)])
 def test_end_of_text_is_config_jsons_or_gpt2s_own(given, vocab_size, expected, tmp_path):
-    tiny(vocab_size=vocab_size).save_pretrained(tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, "eos_token_id": given}))
+    with_config(tmp_path, tiny(vocab_size=vocab_size), {"eos_token_id": given})
     model = GPT.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "back")
     saved = json.loads((tmp_path / "back" / "config.json").read_text())
@@ -183,14 +179,16 @@ def hub(tmp_path, monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
             self.server.requests.append(f"{self.command} {self.path}")
-            headers = {"Content-Length": str(len(content))}
+            status, headers = 200, {"Content-Length": len(content)}
             if not self.path.startswith("/storage"):
-                headers = {"Location": f"http://127.0.0.1:{self.server.server_port}/storage", "Content-Length": "0",
-                           "X-Repo-Commit": "0123456789" * 4, "X-Linked-Size": str(len(content)),
-                           "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
-            self.send_response(404 if self.server.fault == "gone" else 302 if "Location" in headers else 200)
+                status, headers = 302, {"Location": f"http://127.0.0.1:{self.server.server_port}/storage",
+                                        "Content-Length": 0, "X-Repo-Commit": "0123456789" * 4,
+                                        "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            if self.server.fault == "gone":
+                status, headers = 404, {"Content-Length": 0}
+            self.send_response(status)
             for name, value in headers.items():
-                self.send_header(name, value)
+                self.send_header(name, str(value))
             self.end_headers()
 
         def do_GET(self):
@@ -217,39 +215,30 @@ def test_weights_are_downloaded_once_into_the_usual_cache(hub, tmp_path):
     state, numbers = read_gpt2(weights.locate("gpt2"))
     assert torch.equal(state["wte.weight"], GPT.from_pretrained(tmp_path / "remote").wte.weight)
     assert numbers["n_embd"] == 64 and numbers["n_head"] == 1 and hub.requests[-1] == "GET /storage"
-    asked = list(hub.requests)
+    asked, repository = list(hub.requests), hub.cache / "models--openai-community--gpt2"
     assert weights.locate("gpt2").name == "model.safetensors" and hub.requests == asked
     assert try_to_load_from_cache("openai-community/gpt2", "model.safetensors", cache_dir=hub.cache)
+    content = weights.locate("gpt2").read_bytes()
+    weights.locate("gpt2").resolve().write_bytes(content[:99])  # a blob that was cut short is fetched anew
+    (repository / "refs" / "main").unlink()
+    assert weights.locate("gpt2").read_bytes() == content and len(hub.requests) > len(asked)
+    asked = list(hub.requests)
+    repository.rename(hub.cache / "models--gpt2")  # the repository's former name
+    assert weights.locate("gpt2").read_bytes() == content and hub.requests == asked
 
 
-@pytest.mark.parametrize("fault", ["cut", "corrupt", "gone"])
-def test_a_broken_download_leaves_nothing_and_says_what_to_do(hub, fault):
-    hub.fault = fault
-    with pytest.raises(UserError, match="download of openai-community/gpt2 failed.*try again, or name the path of a c"):
+@pytest.mark.parametrize("fault", ["cut", "corrupt", "gone", "offline"])
+def test_a_broken_download_leaves_nothing_and_says_what_to_do(fault, hub, monkeypatch):
+    hub.fault, message = fault, "download of openai-community/gpt2 failed.*try again, or name the path of a copy"
+    if fault == "offline":
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        message = "openai-community/gpt2 is not in .* and HF_HUB_OFFLINE is set; unset it, or name the path of a copy"
+    with pytest.raises(UserError, match=message):
         weights.locate("gpt2")
     assert not [path for path in hub.cache.rglob("*") if path.is_file()]
     hub.fault = ""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     assert weights.locate("gpt2").is_file()
-
-
-def test_a_blob_that_was_cut_short_is_fetched_anew(hub):
-    blob = weights.locate("gpt2").resolve()
-    content = blob.read_bytes()
-    blob.write_bytes(content[:99])
-    (hub.cache / "models--openai-community--gpt2" / "refs" / "main").unlink()
-    assert weights.locate("gpt2").read_bytes() == content
-
-
-def test_offline_says_so_and_an_older_cache_is_used(hub, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE"):
-        GPT.from_pretrained("gpt2")
-    snapshot = hub.cache / "models--gpt2" / "snapshots" / "abc"
-    snapshot.mkdir(parents=True)
-    (hub.cache / "models--gpt2" / "refs").mkdir()
-    (hub.cache / "models--gpt2" / "refs" / "main").write_text("abc")
-    (snapshot / "model.safetensors").write_bytes((tmp_path / "remote" / "model.safetensors").read_bytes())
-    assert weights.locate("gpt2") == snapshot / "model.safetensors" and hub.requests == []
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
@@ -260,9 +249,9 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def lora_model(base, targets=("c_attn", "c_proj", "c_fc")):
+def lora_model(base, targets=("c_attn", "c_proj", "c_fc"), seed=3):
     """The base with a LoRA update with every value random."""
-    model, generator = base.add_lora(4, 6.0, 0.0, targets), torch.Generator().manual_seed(3)
+    model, generator = base.add_lora(4, 6.0, 0.0, targets), torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
@@ -303,10 +292,4 @@ def test_an_adapter_made_by_peft_loads_here(base, tmp_path):
 def test_options_of_pefts_that_we_do_not_have_are_refused_by_name(options, name, base, tmp_path):
     peft_model(base, **options).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=f"the adapter's option {name}"):
-        GPT.from_pretrained(tmp_path / "adapter")
-
-
-def test_an_adapter_that_does_not_fit_is_refused(base, tmp_path):
-    lora_model(tiny(n_embd=64)).save_adapter(tmp_path / "adapter", str(base))
-    with pytest.raises(UserError, match=r"adapter's h.0.attn.c_attn does not fit this model or its rank 4"):
         GPT.from_pretrained(tmp_path / "adapter")
