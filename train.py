@@ -21,14 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from model import GPT, GPTConfig
 from nanosft import report
 from nanosft.checkpoint import RESULTS, claimed, clear, load_checkpoint, save_checkpoint, undamaged
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
-from nanosft.distributed import all_reduce, process_group, rank_and_world_size, sum_gradients
+from nanosft.distributed import all_reduce, process_group, rank_and_world_size, sum_over_processes
 from nanosft.files import sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.optimizer import AdamW
@@ -244,7 +243,7 @@ def resume(config, out_dir):
 
 
 def warm_up(run, device):
-    """Runs the largest micro-batch that the run can meet forward and backward: what does not fit fails now, not after
+    """Runs the largest micro-batches that the run can meet forward and backward: what does not fit fails now, not after
     hours, and torch.compile falls back if it must. Returns the tokens of a micro-batch, halved on CUDA until it fits,
     and about the seconds that a token takes."""
     data, max_tokens, mode = run.data, run.max_tokens, run.config.compile
@@ -254,12 +253,12 @@ def warm_up(run, device):
             block.compile(dynamic=True)
     longest = np.argsort(-data.lengths, kind="stable")[:run.config.batch_size]
     while True:
-        largest = micro_batches(longest, data.lengths, max_tokens)[0]
+        largest = data.batches(longest, max_tokens)[:2]  # two of them, to see them added up
         try:
             for _ in range(2):  # the first pass makes kernels and touches new memory
                 started = time.perf_counter()
-                accumulate(run.model, run.state.optimizer, [data.batch(largest)], 1).item()
-            return max_tokens, (time.perf_counter() - started) / int(data.lengths[largest].sum())
+                accumulate(run.model, run.state.optimizer, largest, 1).item()
+            return max_tokens, (time.perf_counter() - started) / sum(len(idx) for idx, _, _ in largest)
         except torch.OutOfMemoryError:
             max_tokens //= 2
             if max_tokens < data.lengths.max():
@@ -280,18 +279,14 @@ def warm_up(run, device):
 # ---- step, evaluation, saving ---------------------------------------------------------------------------------------
 
 def accumulate(model, optimizer, batches, supervised):
-    """Sums the gradients of the step's mean loss over this process's micro-batches, and over all processes. Returns the
-    loss of the step, a scalar on the device."""
-    world_size = rank_and_world_size()[1]
-    optimizer.zero_grad(in_float32=len(batches) > 1 or world_size > 1)
+    """Sums the gradients of the step's mean loss over this process's micro-batches. Returns its share of that loss, a
+    scalar on the device."""
+    optimizer.zero_grad(in_float32=len(batches) > 1 or rank_and_world_size()[1] > 1)
     total = torch.zeros((), device=model.wte.weight.device)
     for batch in batches:
         loss = model(*batch) / supervised  # of the whole step: the one division
         (loss * optimizer.loss_scale).backward()
         total = total + loss.detach()
-    if world_size > 1:
-        sum_gradients(optimizer.parameters.values())
-        dist.all_reduce(total)
     return total
 
 
@@ -502,6 +497,7 @@ def train(config, device):
                 state.step, total_steps, run.learning_rate, config.min_lr, config.lr_schedule,
                 config.warmup_steps or round(config.warmup_ratio * total_steps))
             loss = accumulate(run.model, optimizer, batches, supervised)
+            sum_over_processes(loss, optimizer.parameters.values())
             norm = optimizer.step(learning_rate, loss, config.grad_clip).item()  # waits for the device
             state.train_loss = loss.item()
             state.skipped = 0 if math.isfinite(state.train_loss + norm) else state.skipped + 1

@@ -44,13 +44,14 @@ def process_group(device):
         dist.destroy_process_group()
 
 
-def sum_gradients(parameters):
-    """Replaces every gradient by its sum over all processes. A process that had no examples adds zeros."""
+def sum_over_processes(loss, parameters):
+    """Replaces the loss, a scalar, and each parameter's gradient by their sums over all processes. A process that had no
+    examples adds zeros."""
     if rank_and_world_size()[1] == 1:
         return
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=parameter.grad_dtype)
-    exchanges = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
+    exchanges = [dist.all_reduce(tensor, async_op=True) for tensor in (loss, *(p.grad for p in parameters))]
     for exchange in exchanges:
         exchange.wait()

@@ -21,21 +21,16 @@ MUTATIONS = {
     "prompt supervised": ('''(f"{role}\\n{content}", False)''', '''(f"{role}\\n{content}", True)'''),
     "special text encoded as special": ('''encoding.encode_ordinary(text) for text, _ in segments''', '''encoding.encode(text, allowed_special="all") for text, _ in segments'''),
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
-    "stop cut by truncation": ('''            if len(ids) > max_tokens and not is_text:''', '''            ids, flags = (ids, flags) if is_text else (ids[:max_tokens], flags[:max_tokens])
-            if len(ids) > max_tokens and not is_text:'''),
+    "stop cut by truncation": ('''            if len(ids) > max_tokens and not is_text:''', '''            ids, flags = (ids, flags) if is_text else (ids[:max_tokens], flags[:max_tokens])\n            if len(ids) > max_tokens and not is_text:'''),
     "checksum of a shard not verified": ('''or crc32_of(path) != checksum:''', '''or not crc32_of(path):'''),
     "checksum of meta.json not verified": ('''meta.get("checksum") == checksum_of(meta)''', '''bool(checksum_of(meta))'''),
     "partial last step dropped": ('''divmod(step, math.ceil(n_examples / batch_size))''', '''divmod(step, max(1, n_examples // batch_size))'''),
     "one order for every epoch": ('''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
     "a process's share counted twice": ('''-self.lengths[i])[rank::world_size]''', '''-self.lengths[i])[0::world_size]'''),
     # model
-    "layer norms swapped": ('''x = x + self.attn(self.ln_1(x), packing, cache)
-        return x + self.mlp(self.ln_2(x))''', '''x = x + self.attn(self.ln_2(x), packing, cache)
-        return x + self.mlp(self.ln_1(x))'''),
+    "layer norms swapped": ('''self.attn(self.ln_1(x), packing, cache)\n        return x + self.mlp(self.ln_2(x))''', '''self.attn(self.ln_2(x), packing, cache)\n        return x + self.mlp(self.ln_1(x))'''),
     "exact GELU": (''', approximate="tanh")''', ''')'''),
-    "packed examples see each other": ('''lengths = torch.as_tensor(lengths)
-''', '''lengths = torch.as_tensor(lengths).sum()[None]
-'''),
+    "packed examples see each other": ('''lengths = torch.as_tensor(lengths)''', '''lengths = torch.as_tensor(lengths).sum()[None]'''),
     "positions do not restart": ('''to_device(index % T, device)''', '''to_device(torch.arange(len(index)) % 64, device)'''),
     "attention sees the future": ('''dtype=dtype).triu(1)''', '''dtype=dtype).triu(2)'''),
     "bfloat16 logits far from zero": ('''if x.dtype.itemsize > 2:''', '''if True:'''),
@@ -45,8 +40,7 @@ MUTATIONS = {
     "padding seen while generating": ('''<= position[:, None]''', '''<= position.max()'''),
     "padded vocabulary drawn": ('''self.logits(x)[:, :n_vocab]''', '''self.logits(x)'''),
     # optimizer
-    "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)
-        self.masters = {name: p.detach()'''),
+    "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)\n        self.masters = {name: p.detach()'''),
     "weights follow no master": ('''weight.copy_(master)''', '''pass'''),
     "micro-batches not added up in float32": ('''in_float32=len(batches) > 1 or world_size > 1''', '''in_float32=False'''),
     "loss scale not undone": ('''scale, found_inf = scale / self.loss_scale, skipped''', '''scale, found_inf = scale, skipped'''),
@@ -63,9 +57,7 @@ MUTATIONS = {
     "mean of micro-batch means": ('''model(*batch) / supervised''', '''model(*batch) / int((batch[1] >= 0).sum())'''),
     "evaluation as a mean of means": ('''all_reduce(loss) / all_reduce(supervised)''', '''sum(model(*shards.batch([i])).item() / shards.supervised([i]) for i in range(len(shards))) / len(shards)'''),
     "float64 on the device": ('''losses.cpu().double()''', '''losses.double().cpu()'''),
-    "gradients averaged over the processes": ('''        exchange.wait()''', '''        exchange.wait()
-    for parameter in parameters:
-        parameter.grad /= rank_and_world_size()[1]'''),
+    "gradients averaged over the processes": ('''        exchange.wait()''', '''        exchange.wait()\n    for parameter in parameters:\n        parameter.grad /= dist.get_world_size()'''),
     "learning rate not at its end in time": ('''state.step, total_steps, run.learning_rate''', '''state.step, run.steps, run.learning_rate'''),
     "evaluation not kept back from the time": ('''left = limit - state.elapsed - evaluation_seconds''', '''left = limit - state.elapsed'''),
     "evaluations at any price": ('''state.elapsed - evaluated >= 10 * evaluation_seconds''', '''True'''),
@@ -75,8 +67,7 @@ MUTATIONS = {
     "best overwritten by worse": ('''if state.val_loss < state.best_val_loss:''', '''if state.val_loss != 4.0:'''),
     "rounded weights saved, not masters": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach().float() for n, p in run.state.optimizer.parameters.items()}'''),
     "weights saved in 16 bits": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach() for n, p in run.state.optimizer.parameters.items()}'''),
-    "resume repeats a step": ('''    save_checkpoint(Path(run''', '''    state["step"] -= 1
-    save_checkpoint(Path(run'''),
+    "resume repeats a step": ('''    save_checkpoint(Path(run''', '''    state["step"] -= 1\n    save_checkpoint(Path(run'''),
     "resume with other data": ('''if values and values["data"] != meta["checksum"]:''', '''if False:'''),
     "end-of-text the last id of the vocabulary": ('''model.config.eos_token_id = meta["eot"]''', '''model.config.eos_token_id = model.config.vocab_size - 1'''),
     "evaluation runs compiled": ('''torch.compiler.set_stance("force_eager")''', '''torch.compiler.set_stance("default")'''),

@@ -158,21 +158,20 @@ def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base
     fit()
     shutil.copytree(base, tmp_path / "moved")  # the same base by another name
     assert fit(resume=True, init_from=str(tmp_path / "moved"), max_steps=7).step == 7
-    tiny(block_size=128, seed=8).save_pretrained(base)
+    tiny(block_size=128, seed=8).save_pretrained(tmp_path / "moved")
     with pytest.raises(UserError, match="is not the file that this adapter was begun on; name that with --init_from"):
-        fit(resume=True, init_from=str(base), max_steps=8)
-    with pytest.raises(UserError, match="was trained on other weights than .*; name those"):
-        sample.main(SampleConfig(model=str(base), adapter=str(tmp_path / "out"), prompt="x", device="cpu"))
+        fit(resume=True, max_steps=8)
+    with pytest.raises(UserError, match="was trained on other weights than"):
+        sample.main(SampleConfig(model=str(tmp_path / "out"), prompt="x", device="cpu"))
 
 
-def test_adapters_answer_side_by_side_over_one_base_and_export_as_plain_weights(fit, base, tmp_path, capsys):
+def test_adapters_answer_side_by_side_and_export_as_plain_weights(fit, tmp_path, capsys):
     fit("a")
     fit("b", seed=2, lora_rank=2)
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     flags = dict(prompt="Say red 1.", max_new_tokens=12, device="cpu", dtype="float32")
     alone = [sample.main(SampleConfig(model=name, **flags))[0] for name in (a, b)]
-    assert sample.main(SampleConfig(model=str(base), adapter=f"{a},{b}", **flags)) == alone
-    assert sample.main(SampleConfig(adapter=f"{a},{b}", **flags)) == alone and alone[0] != alone[1]
+    assert sample.main(SampleConfig(model=f"{a},{b}", **flags)) == alone and alone[0] != alone[1]
     assert f"{a}: {alone[0]}" in capsys.readouterr().out
     sample.main(SampleConfig(model=a, export=str(tmp_path / "plain"), device="cpu", dtype="bfloat16"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")

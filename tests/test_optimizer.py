@@ -95,7 +95,8 @@ def test_a_loss_gradient_or_norm_that_is_not_finite_changes_nothing(dtype, low_m
 
 def test_float16s_loss_scale_halves_after_an_overflow_and_doubles_after_2000_good_steps_in_a_row():
     optimizer, scales = small(torch.float16), []
-    for good_steps, loss in (0, 1.0), (0, torch.inf), (999, 1.0), (1998, 1.0), (1999, 1.0), (2000, 1.0), (1999, torch.nan):
+    cases = (0, 1.0), (0, torch.inf), (999, 1.0), (1998, 1.0), (1999, 1.0), (2000, 1.0), (1999, torch.nan)
+    for good_steps, loss in cases:
         optimizer.good_steps.fill_(good_steps)
         give_gradients(optimizer, 0)
         optimizer.step(1e-3, torch.tensor(loss), 1.0)

@@ -223,7 +223,7 @@ def test_half_precision_follows_float32_and_leaves_its_masters(low_memory, dtype
     assert half.train_loss == pytest.approx(exact.train_loss, rel=0.02) and half.train_loss < 5.4
     assert column(tmp_path / "half", "grad_norm") == pytest.approx(column(tmp_path / "exact", "grad_norm"), rel=0.1)
     theirs, ours = masters(tmp_path / "exact"), masters(tmp_path / "half")
-    assert all((ours[name] - weight).norm() < 0.05 * weight.norm() + 0.01 for name, weight in theirs.items())
+    assert (ours["wte.weight"] - theirs["wte.weight"]).norm() < 0.02 * theirs["wte.weight"].norm()
     assert any(not torch.equal(weight, weight.to(getattr(torch, dtype)).float()) for weight in ours.values())
     stored = load_file(tmp_path / "half" / "last" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
