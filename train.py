@@ -282,7 +282,7 @@ def accumulate(model, optimizer, batches, supervised):
     """Sums the gradients of the step's mean loss over this process's micro-batches. Returns its share of that loss, a
     scalar on the device."""
     optimizer.zero_grad(in_float32=len(batches) > 1 or rank_and_world_size()[1] > 1)
-    total = torch.zeros((), device=model.wte.weight.device)
+    total = torch.zeros_like(optimizer.loss_scale)
     for batch in batches:
         loss = model(*batch) / supervised  # of the whole step: the one division
         (loss * optimizer.loss_scale).backward()

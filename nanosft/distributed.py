@@ -45,8 +45,8 @@ def process_group(device):
 
 
 def sum_over_processes(loss, parameters):
-    """Replaces the loss, a scalar, and each parameter's gradient by their sums over all processes. A process that had no
-    examples adds zeros."""
+    """Replaces the loss, a scalar, and all gradients by their sums over all processes. A process that had no examples
+    adds zeros."""
     if rank_and_world_size()[1] == 1:
         return
     for parameter in parameters:

@@ -23,7 +23,7 @@ class AdamW:
         first = next(iter(self.masters.values()))
         # float16 cannot hold small gradients: the loss is scaled up, twice as far after 2,000 good steps in a row
         self.steps = torch.zeros((), device=first.device)
-        self.loss_scale = torch.full((), 2.0**16 if dtype == torch.float16 else 1.0, device=first.device)
+        self.loss_scale = torch.full_like(first.flatten()[0], 2.0**16 if dtype == torch.float16 else 1.0)
         self.good_steps = torch.zeros((), device=first.device)
         self.dtype, self.betas, self.weight_decay = dtype, betas, weight_decay
         self.slice_size = 1 << 18 if first.device.type == "cpu" else 1 << 26  # elements; on a CPU they fit the cache

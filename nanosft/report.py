@@ -51,7 +51,7 @@ def append_row(path, row, sync):
 
 
 def start_tracking(run_name, settings):
-    """A function of (row of log.csv) that logs to Weights & Biases by the usual names. What fails later is a warning."""
+    """A function that logs a row to Weights & Biases, by the usual names. What fails later is a warning."""
     try:
         import wandb
         run = wandb.init(project="nanosft", name=run_name, config=settings)

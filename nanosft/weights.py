@@ -156,6 +156,8 @@ def read_gpt2(path):
         tensors, numbers = read_tensors(path), read_config(config) if config.exists() else None
     for name, tensor in tensors:
         name = name.removeprefix("transformer.")
+        if name in state:
+            raise UserError(f"{path} holds {name} twice, once as transformer.{name}; download or write it again")
         if TRANSPOSED.search(name) and tensor.dim() == 2 and not from_nanogpt:  # nanoGPT's matrices lie as ours do
             tensor = tensor.t()
         if not MASKS.fullmatch(name):
