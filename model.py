@@ -288,7 +288,8 @@ class GPT(nn.Module):
         """Reads prompts, lists of ids of any lengths. Returns the hidden state at the end of each, (B, C); the cache of
         keys and values, (2, n_layer, B, n_head, S, head_dim), with room for `new_tokens` more; the lengths, (B,)."""
         config, weight, longest = self.config, self.wte.weight, max(map(len, prompts))
-        if not 0 < min(map(len, prompts)) <= longest <= config.block_size:
+        assert min(map(len, prompts)) > 0, "an empty prompt"
+        if longest > config.block_size:
             raise UserError(f"the prompt has {longest:,} tokens, the context {config.block_size:,}: shorten it")
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         cache = weight.new_zeros(2, config.n_layer, len(prompts), config.n_head,

@@ -398,8 +398,7 @@ def set_up(config, device):
     model, base = build_model(config, meta, values)
     model.gradient_checkpointing = config.gradient_checkpointing
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
-    model.to(device, torch.promote_types(dtype, torch.float32))  # of the masters
-    state = RunState(optimizer=AdamW(model, dtype, (config.beta1, config.beta2), config.weight_decay,
+    state = RunState(optimizer=AdamW(model.to(device), dtype, (config.beta1, config.beta2), config.weight_decay,
                                      config.low_memory))
     from_scratch = base["name"] == "scratch"
     steps = planned_steps(config, len(data), from_scratch)

@@ -42,7 +42,7 @@ MUTATIONS = {
     # optimizer
     "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)\n        self.masters = {name: p.detach()'''),
     "weights follow no master": ('''weight.copy_(master)''', '''pass'''),
-    "micro-batches not added up in float32": ('''in_float32=len(batches) > 1 or world_size > 1''', '''in_float32=False'''),
+    "micro-batches not added up in float32": ('''in_float32=len(batches) > 1 or rank_and_world_size()[1] > 1''', '''in_float32=False'''),
     "loss scale not undone": ('''scale, found_inf = scale / self.loss_scale, skipped''', '''scale, found_inf = scale, skipped'''),
     "norm of the scaled loss": ('''torch.stack(norms)) / self.loss_scale''', '''torch.stack(norms))'''),
     "skipped step counted by AdamW": ('''self.steps += 1 - found_inf''', '''self.steps += 1'''),
@@ -50,7 +50,7 @@ MUTATIONS = {
     "low-memory moments not written back": ('''mean.copy_(wide[1])''', '''pass'''),
     "biases decay": ('''self.weight_decay if parameter.dim() >= 2 else 0.0''', '''self.weight_decay'''),
     "clipping left out": ('''.clamp(max=1) if grad_clip''', '''.clamp(min=1, max=1) if grad_clip'''),
-    "norm summed in the gradients' dtype": ('''torch.linalg.vector_norm(p.grad, dtype=self.masters[name].dtype)''', '''torch.linalg.vector_norm(p.grad)'''),
+    "norm summed in the gradients' dtype": ('''torch.linalg.vector_norm(part, dtype=self.masters[name].dtype)''', '''torch.linalg.vector_norm(part)'''),
     "resume forgets the moments": ('''for kind in ("masters", "means", "squares"):''', '''for kind in ("masters",):'''),
     "resume leaves old weights": ('''parameter.copy_(self.masters[name])''', '''pass'''),
     # training
@@ -122,7 +122,7 @@ def found(name):
 
 if __name__ == "__main__":
     wanted = [name for name in MUTATIONS if all(word in name for word in sys.argv[1:])]
-    for name in MUTATIONS:
+    for name in wanted:
         where(name)  # all are looked up before the hours of work
     missed = 0
     for name in wanted:
