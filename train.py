@@ -253,12 +253,14 @@ def warm_up(run, device):
             block.compile(dynamic=True)
     longest = np.argsort(-data.lengths, kind="stable")[:run.config.batch_size]
     while True:
-        largest = data.batches(longest, max_tokens)[:2]  # two of them, to see them added up
+        batches = data.batches(longest, max_tokens)
+        if len(batches) > 1:  # the longest and the fullest, whose gradients add up
+            batches = [batches[0], max(batches, key=lambda batch: len(batch[0]))]
         try:
             for _ in range(2):  # the first pass makes kernels and touches new memory
                 started = time.perf_counter()
-                accumulate(run.model, run.state.optimizer, largest, 1).item()
-            return max_tokens, (time.perf_counter() - started) / sum(len(idx) for idx, _, _ in largest)
+                accumulate(run.model, run.state.optimizer, batches, 1).item()
+            return max_tokens, (time.perf_counter() - started) / sum(len(idx) for idx, _, _ in batches)
         except torch.OutOfMemoryError:
             max_tokens //= 2
             if max_tokens < data.lengths.max():
@@ -312,7 +314,7 @@ def evaluate(model, shards, max_tokens):
             loss += losses.cpu().double().sum().item()  # a device may have no float64
             supervised += len(losses)
             done += len(group)
-            status(f"  evaluating: {done * world_size:,} of {len(shards):,}")
+            status(f"  evaluating: {min(done * world_size, len(shards)):,} of {len(shards):,}")
     return all_reduce(loss) / all_reduce(supervised)
 
 
@@ -420,8 +422,10 @@ def describe(run):
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     share = f", {learned / 1e6:,.2f} M of them trainable ({learned / total:.2%})" if learned < total else ""
     limit = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
+    world_size = rank_and_world_size()[1]
+    processes = f", {world_size} processes" if world_size > 1 else ""
     print(f"{run.base['name']}: {total / 1e6:,.1f} M parameters{share}, {str(run.state.optimizer.dtype)[6:]} on "
-          f"{parameters[0].device}")
+          f"{parameters[0].device}{processes}")
     print(f"{config.data_dir}: {len(run.data):,} training, {len(run.val):,} validation examples")
     print(f"{run.steps:,} steps of {config.batch_size} examples, learning rate {run.learning_rate:g}{limit}",
           flush=True)
@@ -469,7 +473,9 @@ def train(config, device):
     max_tokens, token_seconds = warm_up(run, device)
     token_seconds = all_reduce(token_seconds, "MAX")
     samples = report.Samples(run.val if len(run.val) else data, get_encoding(run.meta["encoding"]))
+    before = time.perf_counter()
     track = begin(run, samples) if rank == 0 else None
+    answer_seconds = all_reduce(time.perf_counter() - before, "MAX")
     started -= state.elapsed  # of the run's earlier parts
 
     def seconds():
@@ -478,7 +484,7 @@ def train(config, device):
     # What a step and an evaluation take: an estimate at first. A limit of time becomes a number of steps, anew after
     # each step, so that the learning rate comes to its end in time; an evaluation, which comes last, is kept back.
     step_seconds = token_seconds * float(data.lengths.mean()) * config.batch_size / world_size
-    evaluation_seconds = token_seconds / 3 * float(run.val.lengths.sum()) / world_size
+    evaluation_seconds = token_seconds / 3 * float(run.val.lengths.sum()) / world_size + answer_seconds
     began = saved = evaluated = state.elapsed = seconds()
     limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
@@ -543,7 +549,8 @@ def train(config, device):
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
         if rank == 0:
             save_weights(run, "last")
-    say_what_follows(config, state, signum, nothing_done=state.step == first_step)
+    is_done = state.step >= total_steps
+    say_what_follows(config, state, 0 if is_done else signum, nothing_done=state.step == first_step)
     return state
 
 
