@@ -33,7 +33,7 @@ from prepare_data import PrepareConfig
 from sample import SampleConfig
 from train import TrainConfig
 
-GONE = object()  # in a change of JSON: the key is deleted
+GONE = "(removed)"  # in a change of JSON: the key is deleted
 
 
 @contextmanager
