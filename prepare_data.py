@@ -30,7 +30,7 @@ from pathlib import Path
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
-from nanosft.records import UNREADABLE, batched, open_text, read_records, to_messages, whole
+from nanosft.records import UNREADABLE, batched, open_text, pair_of, read_records, to_messages, whole
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
 from nanosft.templates import as_rendered, blocks, encode_all, fingerprints, get_encoding, render, tokenise, truncate
 
@@ -148,8 +148,8 @@ def render_all(path, name, spec, report):
         try:
             messages = to_messages(record, spec)
             kind = messages[0][0] if messages[0][0] in ("text", "prompt") else "conversation"
-            if kind == "prompt" and not spec["response_format"] and "completion" not in record:
-                kind = "prompt with 'response'"
+            if kind == "prompt" and not spec["response_format"]:
+                kind = " and ".join(pair_of(record))
             first_kind = first_kind or kind
             if kind != first_kind:
                 raise UserError(f"a {kind} record among {first_kind} records; prepare each kind by itself")

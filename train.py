@@ -52,7 +52,7 @@ class TrainConfig:
     lora_rank: int = 0  # train a LoRA adapter of this rank over frozen weights; 0 = train all weights
     lora_alpha: float = 16.0  # the adapter's update is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # probability of dropping an input of the adapter
-    lora_targets: str = "c_attn,c_proj,c_fc"  # layers that get one: attention in and out, MLP in and out
+    lora_targets: str = "c_attn,c_proj,c_fc"  # layers that get one, by the ends of their names (mlp.c_proj is one too)
     # batches and length
     batch_size: int = 8  # examples in an optimizer step
     micro_batch_tokens: int = 0  # tokens in one forward pass, rows x longest: memory, never the result; 0 = by device
@@ -157,9 +157,9 @@ def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
     if schedule == "constant":
         return peak
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if schedule == "linear":
-        return min_lr + (peak - min_lr) * (1 - progress)
-    return min_lr + (peak - min_lr) * (0.5 + 0.5 * math.cos(math.pi * progress))
+    if schedule == "cosine":
+        progress = 0.5 - 0.5 * math.cos(math.pi * progress)
+    return peak + (min_lr - peak) * progress
 
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
@@ -223,14 +223,13 @@ def resume(config, out_dir):
     values, tensors = load_checkpoint(out_dir / "ckpt.pt")
     with undamaged(out_dir / "ckpt.pt"):
         saved = TrainConfig(**values["config"])
-    default, changes, fixed = TrainConfig(), {"resume": True, "overwrite": False}, []
+    changes, fixed = {"resume": True, "overwrite": False}, []
     for name, value in dataclasses.asdict(config).items():
         before = getattr(saved, name)
         moved_base = name == "init_from" and saved.lora_rank  # its hash decides
-        is_given = name in config.given if hasattr(config, "given") else value != getattr(default, name)
-        if is_given and (name in MAY_CHANGE or moved_base):
+        if name in config.given and (name in MAY_CHANGE or moved_base):
             changes.setdefault(name, value)
-        elif is_given and value != before:
+        elif name in config.given and value != before:
             fixed.append(f"--{name}={value} (it ran with {before})")
     if fixed:
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
@@ -400,8 +399,8 @@ def set_up(config, device):
     model, base = build_model(config, meta, values)
     model.gradient_checkpointing = config.gradient_checkpointing
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
-    state = RunState(optimizer=AdamW(model.to(device), dtype, (config.beta1, config.beta2), config.weight_decay,
-                                     config.low_memory))
+    state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
+                                     weight_decay=config.weight_decay, low_memory=config.low_memory))
     from_scratch = base["name"] == "scratch"
     steps = planned_steps(config, len(data), from_scratch)
     learning_rate = config.learning_rate or (2e-3 if from_scratch else 2e-4 if config.lora_rank else 5e-5)
@@ -473,9 +472,9 @@ def train(config, device):
     max_tokens, token_seconds = warm_up(run, device)
     token_seconds = all_reduce(token_seconds, "MAX")
     samples = report.Samples(run.val if len(run.val) else data, get_encoding(run.meta["encoding"]))
-    before = time.perf_counter()
+    begin_started = time.perf_counter()
     track = begin(run, samples) if rank == 0 else None
-    answer_seconds = all_reduce(time.perf_counter() - before, "MAX")
+    begin_seconds = all_reduce(time.perf_counter() - begin_started, "MAX")
     started -= state.elapsed  # of the run's earlier parts
 
     def seconds():
@@ -484,7 +483,7 @@ def train(config, device):
     # What a step and an evaluation take: an estimate at first. A limit of time becomes a number of steps, anew after
     # each step, so that the learning rate comes to its end in time; an evaluation, which comes last, is kept back.
     step_seconds = token_seconds * float(data.lengths.mean()) * config.batch_size / world_size
-    evaluation_seconds = token_seconds / 3 * float(run.val.lengths.sum()) / world_size + answer_seconds
+    evaluation_seconds = token_seconds / 3 * float(run.val.lengths.sum()) / world_size + begin_seconds
     began = saved = evaluated = state.elapsed = seconds()
     limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
@@ -526,8 +525,8 @@ def train(config, device):
             due = state.step % interval == 0 and affordable
             if last or due:
                 row["val_loss"] = evaluate_and_keep_best(run, samples, max_tokens)
-                before, state.elapsed = state.elapsed, seconds()
-                evaluated, evaluation_seconds = state.elapsed, state.elapsed - before
+                evaluated = seconds()
+                evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
             # what outlasts the process: a row a step, and a checkpoint now and then
             if config.save_interval < 0:
                 save = state.elapsed - saved >= (120 if due else 600)

@@ -78,10 +78,12 @@ def check(config, at_least=None, fractions=(), choices=None, problems=()):
     """Gives the fields their types (what Python's callers put there: NumPy's numbers, paths), then raises one UserError
     that lists every problem. at_least: {field: its least value}, and numbers end below 2^31; fractions: fields in
     [0, 1); choices: {field: its values}; problems: messages that are ready, "--name: ..."."""
-    found, at_least, choices = [], at_least or {}, choices or {}
+    found, given, at_least, choices = [], set(), at_least or {}, choices or {}
     for name, field in config.__dataclass_fields__.items():
         value = typed(name, getattr(config, name), field.type)
         object.__setattr__(config, name, value)
+        if value != field.default:
+            given.add(name)
         if name in fractions and not 0 <= value < 1:
             found.append(f"--{name}: {value} is not in [0, 1)")
         if name in at_least and value < at_least[name]:
@@ -92,6 +94,7 @@ def check(config, at_least=None, fractions=(), choices=None, problems=()):
             found.append(f"--{name}: {value!r} is none of {', '.join(filter(None, choices[name]))}")
     if found or problems:
         raise UserError("; ".join([*found, *problems]))
+    object.__setattr__(config, "given", given)  # the fields that were set; parse_config knows them better
 
 
 def typed(name, value, kind):

@@ -14,6 +14,7 @@ from nanosft.console import UserError
 
 UNREADABLE = (ValueError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and response_format
+PAIRS = {"prompt": ("completion", "response")}  # a prompt's name, and the names that its answer may have
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 
 
@@ -138,17 +139,15 @@ def to_messages(record, spec, answered=True):
         return conversation(record["messages"], "role", "content")
     if "conversations" in record:
         return conversation(record["conversations"], "from", "value")
-    if "text" in record and not {"instruction", "prompt"} & record.keys():  # Alpaca's own file has its rendering there
+    if "text" in record and not {"instruction", *PAIRS} & record.keys():  # Alpaca's own file has its rendering there
         return [("text", {"text": text_of(record, "text")})]
     if "instruction" in record:
         given = "" if is_missing(record.get("input")) else text_of(record, "input")
         messages = [("user", {"content": text_of(record, "instruction"), "input": given})]
         role, key = "assistant", "output"
-    elif "prompt" in record:
-        messages = [("prompt", {"prompt": text_of(record, "prompt")})]
-        role, key = "completion", "completion"
-        if "completion" not in record and "response" in record:
-            key = "response"
+    elif pair_of(record):
+        prompt, key = pair_of(record)
+        messages, role = [("prompt", {prompt: text_of(record, prompt)})], "completion"
     else:
         fields = listed(record) if record else "no fields"
         raise UserError(f"unknown kind of record with {fields}: expected instruction and output, prompt and "
@@ -157,6 +156,15 @@ def to_messages(record, spec, answered=True):
     if answered or key in record:
         messages.append((role, {"text": text_of(record, key)}))
     return messages
+
+
+def pair_of(record):
+    """The names of the prompt and of the answer in a record that is such a pair, else None."""
+    for prompt, answers in PAIRS.items():
+        if prompt in record:
+            present = [answer for answer in answers if answer in record]
+            return prompt, (present or answers)[0]
+    return None
 
 
 def by_formats(record, spec, answered):

@@ -12,7 +12,7 @@ from itertools import chain
 import tiktoken
 
 from nanosft.console import UserError
-from nanosft.records import NAME, batched, fill, to_messages
+from nanosft.records import NAME, batched, fill, pair_of, to_messages
 from nanosft.shards import START, SUPERVISED
 
 EOT = None  # in a segment, in the place of text
@@ -39,8 +39,8 @@ def render(messages, spec):
         return [(EOT, False), (first["text"], False)]
     if roles[0] == "prompt":
         prompt_format = spec["prompt_format"]
-        if not spec["response_format"]:
-            prompt_format = "{prompt}"
+        if not spec["response_format"]:  # a prompt and its answer stay as they are
+            prompt_format = f"{{{next(iter(first))}}}"
         segments = [(fill(prompt_format, first, "prompt_format") or EOT, False)]  # something must stand first
     elif spec["template"] == "alpaca":
         if roles not in (["user"], ["user", "assistant"]):
@@ -80,8 +80,8 @@ def as_rendered(record, spec):
     if role == "text":
         return {**spec, "template": "text"}
     if role == "prompt" and not spec["response_format"]:
-        answer = "completion" if "completion" in record else "response"
-        return {**spec, "prompt_format": "{prompt}", "response_format": f"{{{answer}}}"}
+        prompt, answer = pair_of(record)
+        return {**spec, "prompt_format": f"{{{prompt}}}", "response_format": f"{{{answer}}}"}
     return spec
 
 
