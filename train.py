@@ -12,9 +12,7 @@ import contextlib
 import dataclasses
 import math
 import shlex
-import signal
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from nanosft import report
 from nanosft.checkpoint import RESULTS, claimed, clear, load_checkpoint, save_checkpoint, undamaged
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
-from nanosft.distributed import all_reduce, process_group, rank_and_world_size, sum_over_processes
+from nanosft.distributed import all_reduce, interrupts, process_group, rank_and_world_size, sum_over_processes
 from nanosft.files import sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.optimizer import AdamW
@@ -342,29 +340,6 @@ def save_state(run):
               "model_config": vars(run.model.config), "base": run.base, "dtype": str(run.state.optimizer.dtype)[6:],
               "steps": run.steps}
     save_checkpoint(Path(run.config.out_dir) / "ckpt.pt", values, run.state.optimizer.state_dict())
-
-
-@contextlib.contextmanager
-def interrupts():
-    """Yields a list of the signals that ask this process to end (SIGINT, SIGTERM, a closing terminal's SIGHUP), so that
-    the step can end and be saved. A second SIGINT or SIGTERM kills, but not one of several processes: torchrun repeats
-    what the terminal has sent to all of them. What is ignored (nohup) stays ignored."""
-    caught, before = [], {}
-
-    def handle(signum, frame):
-        caught.append(signum)
-        if rank_and_world_size()[1] == 1 and signum != getattr(signal, "SIGHUP", None):
-            signal.signal(signum, signal.SIG_DFL)
-
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers
-        for signum in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows lacks one
-            if signal.getsignal(signum) != signal.SIG_IGN:
-                before[signum] = signal.signal(signum, handle)
-    try:
-        yield caught
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
-"""The processes that torchrun started, which share every step out among them."""
+"""This process, its signals, and the others that torchrun started, which share every step out among them."""
 import contextlib
 import gc
 import os
+import signal
 import sys
+import threading
 
 import torch
 import torch.distributed as dist
@@ -55,3 +57,26 @@ def sum_over_processes(loss, parameters):
     exchanges = [dist.all_reduce(tensor, async_op=True) for tensor in (loss, *(p.grad for p in parameters))]
     for exchange in exchanges:
         exchange.wait()
+
+
+@contextlib.contextmanager
+def interrupts():
+    """Yields a list of the signals that ask this process to end (SIGINT, SIGTERM, a closing terminal's SIGHUP), so that
+    the step can end and be saved. A second SIGINT or SIGTERM kills, but not one of several processes: torchrun repeats
+    what the terminal has sent to all of them. What is ignored (nohup) stays ignored."""
+    caught, before = [], {}
+
+    def handle(signum, frame):
+        caught.append(signum)
+        if rank_and_world_size()[1] == 1 and signum != getattr(signal, "SIGHUP", None):
+            signal.signal(signum, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        for signum in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:  # Windows lacks one
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                before[signum] = signal.signal(signum, handle)
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
