@@ -101,7 +101,8 @@ def plot(out_dir):
     window = max(1, len(rows) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
-    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=f"training, mean of {window} steps")
+    label = f"training, mean of {window} steps" if window > 1 else "training"
+    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
     if evaluated:
         step, best = min(evaluated, key=lambda point: (math.isnan(point[1]), point[1]))
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
