@@ -48,6 +48,7 @@ def test_full_size_gpt2_as_the_hub_has_it_and_back(tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     ours = GPT.from_pretrained(tmp_path / "pytorch_model.bin")
     assert_same_logits(ours, theirs)
+    assert ours.config.eos_token_id == 50256
     ours.save_pretrained(tmp_path / "back")
     assert_same_logits(ours, transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval())
     saved = load_file(tmp_path / "back" / "model.safetensors")

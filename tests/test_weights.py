@@ -91,30 +91,6 @@ def test_tensors_that_were_taken_are_held_by_nobody_else(name, tmp_path):
 
 # ---- GPT-2 ----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("size", weights.SIZES)
-def test_logits_equal_transformers_for_the_width_of_every_size(size, tmp_path):
-    _, n_head, n_embd = weights.SIZES[size]
-    theirs = reference(2, n_head, n_embd)
-    theirs.save_pretrained(tmp_path)
-    assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
-
-
-def test_gpt2_as_the_hub_has_it_and_back(tmp_path):
-    """Its own file: an old-format .bin, no config.json, names without a prefix, causal masks among the weights."""
-    theirs = reference(2, 12, 768, 50257, 1024)
-    state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.transformer.state_dict().items()}
-    for layer in range(2):
-        state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 1024, 1024).tril()
-    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    ours = GPT.from_pretrained(tmp_path / "pytorch_model.bin")
-    assert_same_logits(ours, theirs)
-    assert ours.config.eos_token_id == 50256
-    ours.save_pretrained(tmp_path / "back")
-    assert_same_logits(ours, transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back"))
-    saved = load_file(tmp_path / "back" / "model.safetensors")
-    assert "lm_head.weight" not in saved and saved["transformer.wte.weight"].shape == (50257, 768)
-
-
 def test_both_names_and_the_tied_head_load(tmp_path):
     theirs = reference(n_embd=128, n_head=2)
     state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
