@@ -26,7 +26,7 @@ def write_safetensors(path, tensors):
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8
+    text = text.ljust(-(-len(text) // 8) * 8)  # the data begin at a multiple of 8
     with atomic_file(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():  # copied to the CPU and made contiguous one at a time
