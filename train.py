@@ -254,10 +254,13 @@ def warm_up(run, device):
         if len(batches) > 1:  # the longest and the fullest, whose gradients add up
             batches = [batches[0], max(batches, key=lambda batch: len(batch[0]))]
         try:
-            for _ in range(2):  # the first pass makes kernels and touches new memory
+            seconds = []
+            # the first pass compiles, makes kernels and touches new memory; without a compiler a slow one tells enough
+            while not seconds or len(seconds) < 2 and (compiled or seconds[0] < 1):
                 started = time.perf_counter()
                 accumulate(run.model, run.state.optimizer, batches, 1).item()
-            return max_tokens, (time.perf_counter() - started) / sum(len(idx) for idx, _, _ in batches)
+                seconds.append(time.perf_counter() - started)
+            return max_tokens, seconds[-1] / sum(len(idx) for idx, _, _ in batches)
         except torch.OutOfMemoryError:
             max_tokens //= 2
             if max_tokens < data.lengths.max():

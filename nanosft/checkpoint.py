@@ -1,14 +1,12 @@
 """ckpt.pt, all that a run needs to go on: written in one piece, checked when it is read; and the directory of a run."""
 import contextlib
-import json
 import os
 import shutil
-import zlib
 
 import torch
 
 from nanosft.console import UserError
-from nanosft.files import atomic_file
+from nanosft.files import atomic_file, crc32_of_json
 
 try:
     import fcntl
@@ -22,7 +20,8 @@ RESULTS = ("ckpt.pt", "log.csv", "loss.png", "best", "last")  # what a run leave
 def save_checkpoint(path, values, tensors):
     """Writes `values` (plain ones, as JSON has them) and `tensors` (by name, nested) to ckpt.pt. An older checkpoint
     stays until this one is complete on disk. Nothing but data is written, so that loading executes nothing."""
-    content = {"format_version": FORMAT_VERSION, "values": values, "checksum": checksum(values), "tensors": tensors}
+    content = {"format_version": FORMAT_VERSION, "values": values, "checksum": crc32_of_json(values),
+               "tensors": tensors}
     try:
         with atomic_file(path) as file:
             torch.save(content, file)
@@ -40,13 +39,9 @@ def load_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format {content['format_version']}, this program reads {FORMAT_VERSION}")
-        if content["checksum"] != checksum(content["values"]):
+        if content["checksum"] != crc32_of_json(content["values"]):
             raise ValueError("its checksum is another")
         return content["values"], content["tensors"]
-
-
-def checksum(values):
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
 
 
 @contextlib.contextmanager

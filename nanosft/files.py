@@ -64,3 +64,8 @@ def crc32_of(path):
         for piece in iter(lambda: file.read(1 << 20), b""):
             crc = zlib.crc32(piece, crc)
     return f"{crc:08x}"
+
+
+def crc32_of_json(values):
+    """The CRC-32 of plain values, written as JSON with sorted names, as 8 hexadecimal digits."""
+    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"

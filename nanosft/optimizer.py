@@ -1,5 +1,4 @@
 """AdamW for a model whose parameters rest in the dtype that it computes in."""
-
 import torch
 
 
@@ -9,7 +8,7 @@ class AdamW:
     A step takes each gradient in whatever dtype it came, scales it, calls torch's fused kernel on masters and moments,
     and leaves the rounded new weights in the parameters. It works in slices, so that what is float32 only while it is
     used needs little memory. A parameter in float32 or float64 is its own master. Matrices decay, biases and norms do
-    not. Nothing here waits for a GPU.
+    not. Nothing here waits for an NVIDIA GPU.
     """
 
     def __init__(self, model, dtype, betas=(0.9, 0.99), weight_decay=0.1, low_memory=False):

@@ -7,13 +7,12 @@ seed, step): no sampler has a state that could be lost.
 import functools
 import json
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from nanosft.console import UserError
-from nanosft.files import crc32_of, write_json
+from nanosft.files import crc32_of, crc32_of_json, write_json
 
 FORMAT_VERSION = 2
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
@@ -78,8 +77,7 @@ def write_meta(directory, meta):
 
 def checksum_of(meta):
     """The CRC-32 of all that meta.json holds but its checksum."""
-    values = {name: value for name, value in meta.items() if name != "checksum"}
-    return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
+    return crc32_of_json({name: value for name, value in meta.items() if name != "checksum"})
 
 
 # ---- reading --------------------------------------------------------------------------------------------------------

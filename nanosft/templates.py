@@ -75,7 +75,7 @@ def render_chat(messages):
 
 
 def as_rendered(record, spec):
-    """The spec by which sample.py words a prompt like this record's, whatever kind the record is; None: a document."""
+    """The spec by which sample.py words a prompt like this record's, whatever its kind. A document has no record."""
     role = to_messages(record, spec)[0][0] if record else "text"
     if role == "text":
         return {**spec, "template": "text"}

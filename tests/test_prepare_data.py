@@ -17,7 +17,7 @@ import prepare_data
 from model import IGNORE_INDEX
 from nanosft.console import UserError
 from nanosft.records import to_messages
-from nanosft.shards import START, SUPERVISED, Shards, examples_of_step, load_meta, order_of_epoch
+from nanosft.shards import START, SUPERVISED, Shards, examples_of_step, load_meta, micro_batches, order_of_epoch
 from nanosft.templates import as_rendered, chat_template, encode, get_encoding, render
 from prepare_data import PrepareConfig
 
@@ -341,6 +341,15 @@ def test_batches_hold_each_example_once_with_the_next_token_as_target(prepare):
     assert shards.supervised(range(50)) == sum(target != IGNORE_INDEX for _, targets in expected for target in targets)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(90, 400))
+def test_packing_ends_and_places_every_example_once_within_max_tokens(lengths, max_tokens):
+    groups = micro_batches(range(len(lengths)), lengths, max_tokens)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(len(group) * max(lengths[i] for i in group) <= max_tokens for group in groups)
+    assert max(lengths) == lengths[groups[0][0]]  # the longest goes first
+
+
 def test_an_epoch_is_shuffled_once():
     order_of_epoch.cache_clear()
     steps = [examples_of_step(step, 1000, 8, seed=77).tolist() for step in range(125)]
@@ -356,6 +365,18 @@ def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prep
     prepare(colour_records(), out_dir=str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
     assert {path.name: path.read_bytes() for path in one.iterdir()} == before
+
+
+def test_files_that_come_while_preparing_stay(prepare, tmp_path, monkeypatch):
+    out_dir, publish = prepare(colour_records(3)), prepare_data.publish
+
+    def publish_late(work, place):
+        (place / "thesis.tex").write_text("years of work")
+        publish(work, place)
+    monkeypatch.setattr(prepare_data, "publish", publish_late)
+    prepare(colour_records(3), out_dir=str(out_dir), block_size=200)
+    assert (out_dir / "thesis.tex").read_text() == "years of work" and load_meta(out_dir)["block_size"] == 200
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]  # no unfinished directory
 
 
 def test_flags_out_of_range_are_all_named_at_once():

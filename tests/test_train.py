@@ -538,3 +538,12 @@ def test_wandb_gets_the_usual_names_and_ends_no_run(fit, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match="--wandb: .*init.*pip install wandb"):
         fit(wandb=True, overwrite=True)
     assert len(rows(tmp_path / "out")) == 6  # nothing is cleared
+
+
+def test_the_unfinished_files_of_another_run_below_are_left_alone(fit, tmp_path):
+    other, own = tmp_path / "run" / "other" / "ckpt.pt.123.tmp", tmp_path / "run" / "ckpt.pt.99.tmp"
+    other.parent.mkdir(parents=True)
+    for path in (other, own):
+        path.write_bytes(b"half")
+    fit("run", max_steps=1)
+    assert other.exists() and not own.exists()
