@@ -102,6 +102,17 @@ def test_every_flag_in_readme_and_docs_exists():
                 assert set(flags) <= own[script] | {"help"}, words
 
 
+def test_the_benchmark_gives_its_rows(prepare, tmp_path):
+    tiny(n_embd=64, block_size=1024).save_pretrained(tmp_path / "weights")
+    prepare(colour_records(60), val_fraction=0, test_fraction=0).rename(tmp_path / "data")
+    for name in ("full", "lora"):
+        done = subprocess.run([sys.executable, ROOT / "tests" / "bench.py", name, "--steps=4",
+                               f"--directory={tmp_path}"], capture_output=True, text=True, check=True)
+        assert re.search(rf"^ROW {name} [\d.]+ s/step peak RSS [\d.]+ GB$", done.stdout, re.M)
+        assert len((tmp_path / name / "log.csv").read_text().splitlines()) == 5
+
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_names_every_flag(script, capsys):
     with pytest.raises(SystemExit):
