@@ -1,8 +1,9 @@
-"""GPT-2 in plain PyTorch, with LoRA, and generation with a key/value cache.
+"""One decoder, GPT-2 or Llama by its configuration, in plain PyTorch, with LoRA and a key/value cache.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Modules carry the names of OpenAI's release
-(wte, wpe, h.0.attn.c_attn ...). Matrices are stored as nn.Linear has them, (out, in); Hugging Face's files hold the
-transpose. All parameters rest in one dtype, which is the one computed in: `model.to(torch.bfloat16)`.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA". Modules carry
+the names of OpenAI's release (wte, h.0.attn.c_proj ...) in both; nanosft/weights.py has those of Llama's files.
+Matrices are stored as nn.Linear has them, (out, in). All parameters rest in one dtype, which is the one computed in:
+`model.to(torch.bfloat16)`.
 
 Shapes: B sequences of up to T tokens; N tokens of several sequences packed end to end; C = n_embd.
 """
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanosft.console import UserError
-from nanosft.weights import base_of, locate, read_adapter, read_gpt2, write_adapter, write_gpt2
+from nanosft.weights import base_of, file_name, locate, read_adapter, read_pretrained, write_adapter, write_pretrained
 
 IGNORE_INDEX = -100  # a target that nothing is learned from; the default of F.cross_entropy
 
@@ -31,6 +32,26 @@ class GPTConfig:
     n_embd: int = 768
     dropout: float = 0.0
     eos_token_id: int = 50256  # ends an answer; the model does not use it, its config.json tells it to others
+    bos_token_id: int = 50256
+    # what follows is GPT-2's as it stands; a Llama differs in each
+    fused_qkv: bool = True  # one matrix for queries, keys and values
+    n_kv_head: int = 0  # heads of keys and values, each of which serves several of queries; 0 = n_head
+    head_dim: int = 0  # 0 = n_embd / n_head
+    n_inner: int = 0  # width within the MLP; 0 = 4 n_embd
+    gated_mlp: bool = False  # SwiGLU (Shazeer 2020) in the place of GELU
+    bias: bool = True  # of the linear layers
+    rms_norm: bool = False  # RMSNorm (Zhang and Sennrich 2019) in the place of LayerNorm
+    norm_eps: float = 1e-5
+    rope_theta: float = 0.0  # the base of rotary positions (Su et al. 2021); 0 = learned positions
+    rope_scaling: dict | None = None  # Llama 3's, for long contexts: factor, low_freq_factor ..., as in config.json
+    tied_head: bool = True  # the token embedding is the output head, too
+
+    def __post_init__(self):
+        if not self.head_dim and self.n_embd % self.n_head:
+            raise UserError(f"n_embd={self.n_embd} is no multiple of n_head={self.n_head}")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        self.n_inner = self.n_inner or 4 * self.n_embd
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -42,6 +63,7 @@ class Packing(NamedTuple):
     index: torch.Tensor | None = None  # (N,) each token's place in the flattened grid; None: the grid has no gaps
     cu_seqlens: torch.Tensor | None = None  # (B + 1,) int32, where sequences begin and end; then no grid is needed
     mask: torch.Tensor | None = None  # (B, 1, 1, S) cached keys that each row sees; None: causal attention
+    rotary: tuple | None = None  # cosines and sines, (N, 1, head_dim / 2) each, of rotary positions
 
     @classmethod
     def of(cls, lengths, device, varlen=False):
@@ -76,6 +98,27 @@ def to_device(x, device):
 
 
 # ---- attention ------------------------------------------------------------------------------------------------------
+
+def rotary(config, position_ids):
+    """Cosines and sines of the angles by which rotary positions turn, (N, 1, head_dim / 2) each, float32. Llama 3 slows
+    the turns that its first context did not see often: those of under high_freq_factor turns, the more the fewer."""
+    half = torch.arange(0, config.head_dim, 2, device=position_ids.device)
+    speeds = config.rope_theta ** (-half / config.head_dim)
+    if config.rope_scaling:
+        scaling = config.rope_scaling
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * speeds / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        speeds = speeds * (kept + (1 - kept) / scaling["factor"])
+    angles = position_ids[:, None, None] * speeds
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns each pair (i, i + head_dim / 2) of the heads x, (N, heads, head_dim), by its angle."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
 
 def attention(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(head_dim)) v, for (B, n_head, T, head_dim); causal where `mask` is None."""
@@ -113,28 +156,42 @@ def has_varlen_attention(weight, head_dim):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.config, C, D = config, config.n_embd, config.head_dim
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of queries, keys and values
+        if config.fused_qkv:
+            self.c_attn = nn.Linear(C, sum(self.heads) * D, config.bias)
+        else:
+            self.c_q, self.c_k, self.c_v = (nn.Linear(C, heads * D, config.bias) for heads in self.heads)
+        self.c_proj = nn.Linear(config.n_head * D, C, config.bias)
 
     def forward(self, x, packing, cache=None):
-        (B, T), C = packing.shape, x.size(-1)
-        dropout = self.dropout if self.training else 0.0
+        (B, T), (n_head, n_kv_head, _), D = packing.shape, self.heads, self.config.head_dim
+        dropout = self.config.dropout if self.training else 0.0
+        qkv = self.c_attn(x) if self.config.fused_qkv else torch.cat([self.c_q(x), self.c_k(x), self.c_v(x)], -1)
+        qkv = qkv.view(len(x), -1, D)  # (N, heads of all three, head_dim)
+        if packing.rotary is not None:
+            qk, v = qkv.split([n_head + n_kv_head, n_kv_head], 1)
+            qkv = torch.cat([rotate(qk, *packing.rotary), v], 1)
         if packing.cu_seqlens is not None:
-            q, k, v = self.c_attn(x).view(-1, 3, self.n_head, C // self.n_head).unbind(1)  # (N, n_head, head_dim)
-            y = varlen_attention(q, k, v, packing.cu_seqlens, T).flatten(1)  # (N, C)
+            q, k, v = qkv.split(self.heads, 1)
+            k, v = (x.repeat_interleave(n_head // n_kv_head, 1) for x in (k, v))
+            y = varlen_attention(q, k, v, packing.cu_seqlens, T).flatten(1)  # (N, n_head * head_dim)
         else:
-            qkv = packing.pad(self.c_attn(x)).view(B, T, 3, self.n_head, C // self.n_head)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, n_head, T, head_dim)
+            qkv = packing.pad(qkv.flatten(1)).view(B, T, -1, D).transpose(1, 2)
+            q, k, v = qkv.split(self.heads, 1)  # (B, heads, T, head_dim)
             if cache is not None:
                 k, v = self.update(cache, k, v, packing)
-            y = attention(q, k, v, packing.mask, dropout)
-            y = packing.unpad(y.transpose(1, 2).reshape(B, T, C))
+            if packing.mask is not None:  # one new token a row: the queries that share a key stand in the place of T
+                q = q.reshape(B, n_kv_head, -1, D)
+            elif n_kv_head < n_head:
+                k, v = (x.repeat_interleave(n_head // n_kv_head, 1) for x in (k, v))
+            y = attention(q, k, v, packing.mask, dropout).view(B, n_head, T, D)
+            y = packing.unpad(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(self.c_proj(y), dropout)
 
     def update(self, cache, k, v, packing):
-        """Writes new keys and values, (B, n_head, T, head_dim), into the layer's cache; returns those to look at."""
-        keys, values = cache  # (B, n_head, S, head_dim)
+        """Writes new keys and values, (B, n_kv_head, T, head_dim), into the layer's cache; returns those to look at."""
+        keys, values = cache  # (B, n_kv_head, S, head_dim)
         if packing.mask is None:  # whole prompts, which see themselves alone
             keys[:, :, :k.size(2)], values[:, :, :v.size(2)] = k, v
             return k, v
@@ -150,21 +207,30 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+        self.config = config
+        if config.gated_mlp:
+            self.c_gate = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.n_inner, config.bias)
+        self.c_proj = nn.Linear(config.n_inner, config.n_embd, config.bias)
 
     def forward(self, x):
-        x = F.gelu(self.c_fc(x), approximate="tanh")
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        if self.config.gated_mlp:
+            x = F.silu(self.c_gate(x)) * self.c_fc(x)
+        else:
+            x = F.gelu(self.c_fc(x), approximate="tanh")
+        return F.dropout(self.c_proj(x), self.config.dropout, self.training)
+
+
+def norm(config):
+    return (nn.RMSNorm if config.rms_norm else nn.LayerNorm)(config.n_embd, config.norm_eps)
 
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = norm(config)
         self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, packing, cache=None):
@@ -205,17 +271,16 @@ def at_least_float32(x):
 # ---- the model ------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
-    """GPT-2 with freshly initialised weights in float32."""
+    """A decoder with freshly initialised weights in float32."""
 
     def __init__(self, config):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise UserError(f"n_embd={config.n_embd} is no multiple of n_head={config.n_head}")
         self.config, self.gradient_checkpointing = config, False
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head, which GPT-2 ties to it
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.rope_theta else nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
-        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.ln_f = norm(config)
+        self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # there are 2 n_layer of them on the residual path
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -226,7 +291,12 @@ class GPT(nn.Module):
 
     def hidden(self, idx, packing, cache=None):
         """The last layer's normalised output, (N, C), for packed token ids (N,)."""
-        x = self.wte(idx) + self.wpe(packing.position_ids)
+        x = self.wte(idx)
+        if self.wpe:
+            x = x + self.wpe(packing.position_ids)
+        else:
+            cos_and_sin = rotary(self.config, packing.position_ids)
+            packing = packing._replace(rotary=tuple(part.to(x.dtype) for part in cos_and_sin))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and self.training:
@@ -241,7 +311,7 @@ class GPT(nn.Module):
         GPT-2's logits lie around -100, where bfloat16 counts in halves. With 16-bit x they are therefore computed about
         a mean of zero, as x W^T - x·mean_row: a shift that softmax does not see, and rounding does.
         """
-        weight = self.wte.weight
+        weight = self.lm_head.weight if self.lm_head else self.wte.weight
         if x.dtype.itemsize > 2:
             return F.linear(x, weight)
         sample = weight.detach()[::max(1, len(weight) // 512)]
@@ -261,14 +331,21 @@ class GPT(nn.Module):
         if lengths is None:
             lengths = [idx.size(1)] * idx.size(0)
         assert max(lengths) <= self.config.block_size, f"{max(lengths)} tokens exceed the context"
-        varlen = has_varlen_attention(self.wte.weight, self.config.n_embd // self.config.n_head)
+        if targets is not None:  # a CPU makes kernels, and keeps them, for every shape: a tail rounds the tokens up
+            tail = min(-idx.numel() % 32, self.config.block_size - lengths[-1])
+            idx, targets = F.pad(idx.flatten(), (0, tail)), F.pad(targets.flatten(), (0, tail), value=IGNORE_INDEX)
+            lengths = [*lengths[:-1], lengths[-1] + tail]
+        varlen = has_varlen_attention(self.wte.weight, self.config.head_dim)
         packing = Packing.of(lengths, device, varlen and not (self.training and self.config.dropout))
         x = self.hidden(to_device(idx.flatten(), device), packing)  # (N, C)
         if targets is None:
             return at_least_float32(self.logits(x)).view(*idx.shape, -1)
-        targets = targets.flatten()
-        rows = (targets != IGNORE_INDEX).nonzero().squeeze(1)  # the head sees supervised tokens alone
-        return self.loss(x.index_select(0, to_device(rows, device)), to_device(targets[rows], device), reduction)
+        # the head sees the supervised tokens alone, and as many others as round them up
+        ignored = targets == IGNORE_INDEX
+        supervised = len(targets) - int(ignored.sum())
+        rows = ignored.byte().argsort(stable=True)[:-(-supervised // 32) * 32]
+        loss = self.loss(x.index_select(0, to_device(rows, device)), to_device(targets[rows], device), reduction)
+        return loss[:supervised] if reduction == "none" else loss
 
     def loss(self, x, targets, reduction, slice_rows=512):
         """The cross-entropy of (N, C) against (N,), a slice of rows at a time: all logits of a long text would not fit
@@ -286,14 +363,14 @@ class GPT(nn.Module):
 
     def prefill(self, prompts, new_tokens):
         """Reads prompts, lists of ids of any lengths. Returns the hidden state at the end of each, (B, C); the cache of
-        keys and values, (2, n_layer, B, n_head, S, head_dim), with room for `new_tokens` more; the lengths, (B,)."""
+        keys and values, (2, n_layer, B, n_kv_head, S, head_dim), with room for `new_tokens` more; the lengths, (B,)."""
         config, weight, longest = self.config, self.wte.weight, max(map(len, prompts))
         assert min(map(len, prompts)) > 0, "an empty prompt"
         if longest > config.block_size:
             raise UserError(f"the prompt has {longest:,} tokens, the context {config.block_size:,}: shorten it")
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        cache = weight.new_zeros(2, config.n_layer, len(prompts), config.n_head,
-                                 min(config.block_size, longest + new_tokens), config.n_embd // config.n_head)
+        cache = weight.new_zeros(2, config.n_layer, len(prompts), config.n_kv_head,
+                                 min(config.block_size, longest + new_tokens), config.head_dim)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)  # (N,)
         x = self.hidden(ids, Packing.of(lengths, weight.device), cache)
         return x.index_select(0, (lengths.cumsum(0) - 1).to(weight.device)), cache, lengths
@@ -350,15 +427,19 @@ class GPT(nn.Module):
     # ---- LoRA ----
 
     def add_lora(self, rank, alpha, dropout, targets):
-        """Freezes all weights and gives the linear layers named in `targets` trainable updates of this rank."""
+        """Freezes all weights and gives linear layers trainable updates of this rank: those whose names, as the
+        model's files have them, end in one of `targets`; [] = all but the output head."""
         self.requires_grad_(False)
-        linear = {name: module for name, module in self.named_modules() if isinstance(module, nn.Linear)}
+        linear = {file_name(self.config, name): name for name, module in self.named_modules()
+                  if isinstance(module, nn.Linear) and name != "lm_head"}
         for target in targets:
-            named = [name for name in linear if f".{name}".endswith(f".{target}")]
-            if not named:
-                raise UserError(f"--lora_targets: {target!r} names no layer; GPT-2's are c_attn, c_proj, c_fc")
-            for name in named:
-                self.set_submodule(name, LoraLinear(linear[name], rank, alpha, dropout))
+            if not any(f".{name}".endswith(f".{target}") for name in linear):
+                kinds = ", ".join(sorted({name.split(".")[-1] for name in linear}))
+                raise UserError(f"--lora_targets: {target!r} names no layer; this model's are {kinds}")
+        for name, own_name in linear.items():
+            if not targets or any(f".{name}".endswith(f".{target}") for target in targets):
+                base = self.get_submodule(own_name)
+                self.set_submodule(own_name, LoraLinear(base, rank, alpha, dropout))
         return self
 
     def merge_lora(self):
@@ -374,12 +455,12 @@ class GPT(nn.Module):
         state = state or dict(self.named_parameters())
         lora = {name: module for name, module in self.named_modules() if isinstance(module, LoraLinear)}
         first = next(iter(lora.values()))
-        write_adapter(directory, base, first.rank, first.scale * first.rank, first.dropout, {
+        write_adapter(directory, base, self.config, first.rank, first.scale * first.rank, first.dropout, {
             name: {part: state[f"{name}.{part}"] for part in ("lora_A", "lora_B")} for name in lora})
 
     def load_adapter(self, directory):
         """Adds the LoRA adapter of a directory in PEFT's layout, ours or peft's own; options we lack are refused."""
-        rank, alpha, dropout, updates = read_adapter(directory)
+        rank, alpha, dropout, updates = read_adapter(directory, self.config)
         modules = dict(self.named_modules())
         for name, parts in sorted(updates.items()):
             base, shapes = modules.get(name), {part: tuple(tensor.shape) for part, tensor in parts.items()}
@@ -396,25 +477,25 @@ class GPT(nn.Module):
     # ---- weights in and out ----
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dropout=0.0):
-        """GPT-2 from OpenAI's weights by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl: downloaded once), or from a
-        Hugging Face directory, a .bin or .safetensors file, nanoGPT's ckpt.pt, or an out_dir of train.py (its best
-        weights; a LoRA adapter comes on its base). float32. UserError for what is none, or does not fit."""
+    def from_pretrained(cls, name_or_path, dropout=0.0, dtype=torch.float32):
+        """A GPT-2 or Llama in this dtype: by name from the hub (gpt2 ... gpt2-xl, or owner/name: downloaded once), or
+        from a Hugging Face directory, a .bin or .safetensors file, nanoGPT's ckpt.pt, or an out_dir of train.py (its
+        best weights; a LoRA adapter comes on its base). UserError for what is none, or does not fit."""
         path = locate(str(name_or_path))
         if path.name == "adapter_config.json":
             base = base_of(path)
             if locate(base).name == path.name:
                 raise UserError(f"{path}: the base {base} is itself an adapter; name plain weights there")
-            return cls.from_pretrained(base, dropout).load_adapter(path.parent)
-        state, numbers = read_gpt2(path)
+            return cls.from_pretrained(base, dropout, dtype).load_adapter(path.parent)
+        state, numbers = read_pretrained(path, dtype)
         numbers["n_layer"] = min(numbers["n_layer"], len(state) + 1)  # enough to miss some
         with torch.device("meta"):  # no memory and no initial values for what the file fills
             model = cls(GPTConfig(**numbers, dropout=dropout))
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:  # its second line names the tensors that are missing, alien or of another shape
-            raise UserError(f"{path} does not fit config.json: {str(error).splitlines()[1].strip()[:200]}; this is no "
-                            "GPT-2, or a broken file") from None
+            raise UserError(f"{path} does not fit config.json: {str(error).splitlines()[1].strip()[:200]}; this is "
+                            "another kind of model, or a broken file") from None
         return model.requires_grad_(True)
 
     def save_pretrained(self, directory, state=None):
@@ -422,7 +503,7 @@ class GPT(nn.Module):
         `state`: the values to write, by parameter name; None: the parameters as they rest."""
         if state is None:
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        write_gpt2(directory, state, self.config)
+        write_pretrained(directory, state, self.config)
 
 
 def draw(logits, temperature, top_k, top_p, generator):

@@ -2,6 +2,7 @@
 
     python prepare_data.py                                  # the bundled demo, byte-level, nothing to download
     python prepare_data.py --input=instruction-data.json    # your records, GPT-2's encoding
+    python prepare_data.py --input=chats.jsonl --model=HuggingFaceTB/SmolLM2-135M-Instruct  # a model's own tokens
 
 A record is one of (its keys tell which):
     {"instruction": ..., "input": optional, "output": ...}                 Alpaca
@@ -11,30 +12,42 @@ A record is one of (its keys tell which):
     {"text": ...}                                                          plain text, every token is learned
     any columns, with --prompt_format="Title: {title}\\nCategory:" --response_format=" {category}"
 """
-import http.client
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
-import tempfile
-import urllib.parse
-import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 
+from nanosft.chat_template import read_chat_template
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
+from nanosft.hub import TOKENIZER
 from nanosft.records import UNREADABLE, batched, open_text, pair_of, read_records, to_messages, whole
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
-from nanosft.templates import as_rendered, blocks, encode_all, fingerprints, get_encoding, render, tokenise, truncate
+from nanosft.templates import (
+    as_rendered,
+    blocks,
+    bring_tokenizer,
+    copy_tokenizer,
+    encode,
+    encode_all,
+    fingerprints,
+    get_encoding,
+    render,
+    stop_token,
+    tokenise,
+)
+from nanosft.weights import base_of, locate, read_config
 
-OURS = re.compile(r"meta\.json|test\.jsonl|(train|val)_\d{5}\.npy")  # what an out_dir may hold to be written anew
+# what an out_dir may hold to be written anew
+OURS = re.compile("|".join([r"meta\.json", r"test\.jsonl", r"(train|val)_\d{5}\.npy", *map(re.escape, TOKENIZER)]))
 SEVERAL = "conversations of several turns"
 CHUNK = 2048  # records rendered and encoded at a time
 PIECE = 1_000_000  # characters of a document tokenised at a time
@@ -44,20 +57,20 @@ CUT = re.compile(r"(?<=\S)\n(?=\S)")  # where a document may be cut: no token of
 @dataclass(frozen=True)
 class PrepareConfig:
     # data
-    input: str = ""  # path or URL of the records: .json .jsonl .csv .tsv .txt, also .gz; '' = the bundled demo
+    input: str = ""  # path of the records: .json .jsonl .csv .tsv .txt, also .gz; '' = the bundled demo
     out_dir: str = ""  # where the shards go; '' = data/NAME-OF-INPUT
     val_fraction: float = 0.05  # share of the prompts held out to watch the loss
     test_fraction: float = 0.10  # share of the prompts held out as test.jsonl, to answer and score with sample.py
     seed: int = 38  # decides which prompts are held out
     # rendering
-    template: str = ""  # how a conversation becomes text: alpaca | chat | text; '' = alpaca, for the demo chat
+    template: str = ""  # how a conversation becomes text: alpaca | chat | text | model; '' = the model's, else alpaca
     prompt_format: str = ""  # for other columns: "Title: {title}\nCategory:"
     response_format: str = ""  # for other columns: " {category}"
     train_on_prompt: bool = False  # learn to predict the prompts too
     # tokens
-    encoding: str = ""  # tiktoken's name, or bytes; '' = gpt2, for the demo bytes
-    block_size: int = 1024  # the longest example in tokens (GPT-2's context)
-    overlong: str = "drop"  # longer examples: drop | truncate (shortens the longest user field, never the answer)
+    model: str = ""  # the model to train, by name or path: its tokenizer, context and chat template are used
+    encoding: str = ""  # without a model: tiktoken's name, or bytes; '' = gpt2, for the demo bytes
+    block_size: int = 0  # the longest example in tokens; 0 = the context, 1,024 without a model and for texts
     shard_tokens: int = 100_000_000  # tokens in one file
     # report
     show: int = 1  # print this many rendered examples, supervised tokens in colour
@@ -66,9 +79,15 @@ class PrepareConfig:
         problems = []
         if self.prompt_format and not self.response_format:
             problems.append("--response_format: needed with --prompt_format")
-        check(self, at_least={"block_size": 2, "shard_tokens": 1, "show": 0},
+        if self.block_size == 1:
+            problems.append("--block_size: 1 is below 2")
+        if self.model and self.encoding:
+            problems.append("--encoding: the model brings its own; give it or --model")
+        if self.template == "model" and not self.model:
+            problems.append("--template: model needs --model")
+        check(self, at_least={"block_size": 0, "shard_tokens": 1, "show": 0},
               fractions=("val_fraction", "test_fraction"), problems=problems,
-              choices={"template": ("", "alpaca", "chat", "text"), "overlong": ("drop", "truncate")})
+              choices={"template": ("", "alpaca", "chat", "text", "model")})
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError(f"--test_fraction: {self.test_fraction} beside --val_fraction={self.val_fraction} leaves "
                             "nothing to train on")
@@ -76,20 +95,40 @@ class PrepareConfig:
 
 # ---- input ----------------------------------------------------------------------------------------------------------
 
-def fetch(source, directory):
-    """(path, name) of the input; a URL is downloaded into `directory` first."""
-    if not re.match(r"https?://", source):
-        path = Path(source) if source else Path(__file__).parent / "data" / "demo.jsonl"
-        if not path.is_file():
-            raise UserError(f"--input: {source!r} is {'a directory' if path.is_dir() else 'not there'}; give a file")
-        return path, path.name
-    name, path = Path(urllib.request.url2pathname(source.split("?")[0])).name, Path(directory) / "download"
-    print(f"downloading {source}", flush=True)
-    try:
-        urllib.request.urlretrieve(urllib.parse.quote(source, safe=":/?&=%#"), path)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise UserError(f"--input: cannot download {source} ({error}); check the address and try again") from None
-    return path, name
+def input_of(config):
+    """The path of the records."""
+    path = Path(config.input) if config.input else Path(__file__).parent / "data" / "demo.jsonl"
+    if not path.is_file():
+        raise UserError(f"--input: {config.input!r} is {'a directory' if path.is_dir() else 'not there'}; give a file")
+    if path.name.lower().removesuffix(".gz").rpartition(".")[2] not in ("json", "jsonl", "csv", "tsv", "txt"):
+        raise UserError(f"--input: {path.name} is none of .json .jsonl .csv .tsv .txt or one of them .gz; save it so")
+    return path
+
+
+def tokens_of(config):
+    """(encoding, spec, directory, context): how text becomes tokens, by the flags or as the model that --model names
+    has it; the directory with the model's tokenizer, or ''; its context in tokens."""
+    directory, context, template = "", 1024, "alpaca"
+    encoding = get_encoding(config.encoding or ("gpt2" if config.input else "bytes"))
+    if not config.input:
+        template = "chat"
+    if config.model:
+        path = locate(config.model)
+        directory = path.parent
+        if path.name == "adapter_config.json":
+            path = locate(base_of(path))
+        family, values = read_config(path.parent / "config.json")
+        context = values["block_size"]
+        if (directory / "tokenizer.json").is_file():
+            encoding = get_encoding("tokenizer.json", directory)
+        elif family != "gpt2":
+            raise UserError(f"--model={config.model} has no tokenizer.json; put the model's beside its weights")
+        if read_chat_template(directory):
+            template = "model"
+    spec = {"template": config.template or template}
+    for field in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
+        spec[field] = getattr(config, field).replace("\\n", "\n").replace("\\t", "\t")
+    return encoding, spec, directory, context
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
@@ -104,21 +143,22 @@ def pieces_of(text):
         start = stop
 
 
-def encode_document(path, name, config, encoding, pool):
+def encode_document(path, spec, config, encoding, pool):
     """Yields (split, record, examples) of a .txt file, which is one document: its end is held out."""
     try:
         with open_text(path, newline=None) as file:
             text = file.read()
     except UNREADABLE as error:
-        raise UserError(f"{name}: {error}; save or download it again as UTF-8 text") from None
+        raise UserError(f"{path.name}: {error}; save or download it again as UTF-8 text") from None
     n_test, n_val = round(len(text) * config.test_fraction), round(len(text) * config.val_fraction)
-    n_train, eot = len(text) - n_val - n_test, [[encoding.eot_token]]
+    n_train = len(text) - n_val - n_test
+    begin, end = encode(render([("text", {"text": ""})], spec), encoding)[0]
     for split, part in (("train", text[:n_train]), ("val", text[n_train:n_train + n_val])):
         # a few pieces at a time: the ids of a text need ten times its memory
-        groups = batched((whole(piece, name) for piece in pieces_of(part)), 8)
+        groups = batched((whole(piece, path.name) for piece in pieces_of(part)), 8)
         encoded = chain.from_iterable(tokenise(group, encoding, pool) for group in groups)
         if part:
-            yield split, None, blocks(chain(eot, encoded, eot), config.block_size)
+            yield split, None, blocks(chain([[begin]], encoded, [[end]]), config.block_size)
     if n_test:
         yield "test", {"text": text[n_train + n_val:]}, []
 
@@ -140,10 +180,10 @@ def answered_part(messages, report):
     return kept
 
 
-def render_all(path, name, spec, report):
+def render_all(path, spec, report):
     """Yields (record, messages, segments) for each record that has something to learn. All must be of one kind."""
     first_kind = None
-    for location, record in read_records(path, name):
+    for location, record in read_records(path):
         report["records"] += 1
         try:
             messages = to_messages(record, spec)
@@ -157,10 +197,10 @@ def render_all(path, name, spec, report):
             if messages:
                 yield record, messages, render(messages, spec)
         except UserError as error:
-            raise UserError(f"{name}, {location}: {error}") from None
+            raise UserError(f"{path.name}, {location}: {error}") from None
 
 
-def encode_records(records, config, spec, encoding, pool, report):
+def encode_records(records, config, encoding, pool, report):
     """Yields (split, record, examples) for each of `render_all`'s that stays; `report` counts the others."""
     seen, max_tokens = set(), config.block_size + 1
     for chunk in batched(records, CHUNK):
@@ -169,17 +209,12 @@ def encode_records(records, config, spec, encoding, pool, report):
         for (record, messages, segments), (ids, flags) in zip(chunk, encoded, strict=True):
             share, digest = fingerprints(segments, config.seed)
             is_text, is_long = messages[0][0] == "text", len(ids) > max_tokens
-            if is_long and not is_text and config.overlong == "truncate":
-                # by its whole prompt it is split, by what is left of it told from others
-                segments, ids, flags = truncate(messages, max_tokens, spec, encoding, config.train_on_prompt)
-                _, digest = fingerprints(segments, config.seed)
-            if len(ids) > max_tokens and not is_text:
+            if is_long and not is_text:
                 report[f"dropped: longer than --block_size={config.block_size}"] += 1
             elif digest in seen:
                 report["dropped: exact duplicates"] += 1
             else:
                 seen.add(digest)
-                report[f"truncated to --block_size={config.block_size}"] += is_long and not is_text
                 split = "train"
                 if share < config.test_fraction + config.val_fraction:
                     split = "test" if share < config.test_fraction else "val"
@@ -268,22 +303,20 @@ def print_report(meta, report, out_dir):
 def main(config):
     """Prepares config.input into config.out_dir and returns what meta.json holds."""
     report = Counter()
-    with tempfile.TemporaryDirectory() as downloads, ThreadPoolExecutor(os.cpu_count()) as pool:
-        path, name = fetch(config.input, downloads)
-        stem, kind = os.path.splitext(name.removesuffix(".gz"))
-        if kind.lower() not in (".json", ".jsonl", ".csv", ".tsv", ".txt"):
-            raise UserError(f"--input: {name} is none of .json .jsonl .csv .tsv .txt or one of them .gz; save it so")
-        out_dir = Path(config.out_dir or Path("data") / stem)
-        check_out_dir(out_dir, path)
-        encoding = get_encoding(config.encoding or ("gpt2" if config.input else "bytes"))
-        spec = {"template": config.template or ("alpaca" if config.input else "chat")}
-        for field in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
-            spec[field] = getattr(config, field).replace("\\n", "\n").replace("\\t", "\t")
+    path = input_of(config)
+    stem, kind = os.path.splitext(path.name.removesuffix(".gz"))
+    out_dir = Path(config.out_dir or Path("data") / stem)
+    check_out_dir(out_dir, path)
+    encoding, spec, directory, context = tokens_of(config)
+    full_spec = bring_tokenizer(spec, encoding, directory)
+    if not config.block_size:
+        config = replace(config, block_size=min(context, 1024) if kind.lower() == ".txt" else context)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         if kind.lower() == ".txt":
-            parts = encode_document(path, name, config, encoding, pool)
+            parts = encode_document(path, full_spec, config, encoding, pool)
         else:
-            records = render_all(path, name, spec, report)
-            parts = encode_records(records, config, spec, encoding, pool, report)
+            records = render_all(path, full_spec, report)
+            parts = encode_records(records, config, encoding, pool, report)
         # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
         place = out_dir.resolve()
         work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
@@ -292,12 +325,17 @@ def main(config):
             counts, shown, first = write_shards(parts, work, config, encoding)
             if not counts["train"]["examples"]:
                 why = ", ".join(f"{count} {reason}" for reason, count in report.items() if count) or "it is empty"
-                raise UserError(f"--input: {name} leaves nothing to train on ({why})")
-            turns = "several" if report[SEVERAL] else "one"
+                raise UserError(f"--input: {path.name} leaves nothing to train on ({why})")
+            prompt = {**as_rendered(first, spec), "turns": "several" if report[SEVERAL] else "one"}
+            model = config.model
+            if model and Path(model).exists():
+                model = str(Path(model).resolve())
+            if encoding.name == "tokenizer.json":
+                copy_tokenizer(directory, work, full_spec)
             meta = write_meta(work, {
                 "format_version": FORMAT_VERSION, "encoding": encoding.name, "vocab_size": encoding.n_vocab,
-                "eot": encoding.eot_token, "block_size": config.block_size, "seed": config.seed, "source": name,
-                "source_sha256": sha256_of(path), "prompt": {**as_rendered(first, spec), "turns": turns}, **counts})
+                "stop": stop_token({**full_spec, **prompt}, encoding), "block_size": config.block_size, "model": model,
+                "seed": config.seed, "source": path.name, "source_sha256": sha256_of(path), "prompt": prompt, **counts})
             publish(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)

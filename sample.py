@@ -8,15 +8,16 @@
 """
 import codecs
 import contextlib
+import copy
 import json
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import tiktoken
 import torch
 
 from model import GPT
+from nanosft.chat_template import read_chat_template
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
@@ -24,19 +25,19 @@ from nanosft.flags import check, run
 from nanosft.records import NAME, read_records, to_messages
 from nanosft.score import score, summary
 from nanosft.shards import load_meta
-from nanosft.templates import chat_template, encode, get_encoding, render, tokenizer_files
-from nanosft.weights import base_of, locate
+from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token
+from nanosft.weights import base_of, locate, weight_files
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     # model
-    model: str = "out"  # an out_dir of train.py, a Hugging Face directory, or gpt2 ... gpt2-xl; several with commas
+    model: str = "out"  # an out_dir of train.py, a Hugging Face directory, owner/name, or gpt2 ...; several with commas
     data_dir: str = ""  # prepared data whose template to use; '' = the one stored with the model, else plain text
     # what to answer
     prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat
     input: str = ""  # Alpaca's input to the prompt
-    system: str = ""  # system prompt, for the chat template
+    system: str = ""  # system prompt, for a template that has one
     answer: str = ""  # a half-written answer to go on with
     file: str = ""  # records to answer (as prepare_data.py reads them) and, where they hold an answer, to score
     labels: str = ""  # for classification: the classes, with commas; '' = the file's answers, where they are few
@@ -66,6 +67,9 @@ class SampleConfig:
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems=problems)
 
 
+STORED = ("template", "prompt_format", "response_format", "turns", "encoding")  # in prompt.json
+
+
 @dataclass
 class LoadedModel:
     """A model with what it needs to be asked. `spec`: the template that it was trained with; None: plain text."""
@@ -73,12 +77,16 @@ class LoadedModel:
     model: GPT
     encoding: tiktoken.Encoding
     spec: dict | None
+    directory: Path | str  # of its tokenizer, if it has one of its own
+
+    def __post_init__(self):
+        self.stop = stop_token(self.spec, self.encoding)
 
     def is_chat(self):
-        return self.spec is not None and self.spec["template"] == "chat" and not self.spec["response_format"]
+        return self.spec is not None and self.spec["template"] in ("chat", "model") and not self.spec["response_format"]
 
     def keeps_turns(self):
-        return self.is_chat() and self.spec.get("turns") != "one"
+        return self.is_chat() and (self.spec["template"] == "model" or self.spec.get("turns") != "one")
 
     def prompt_ids(self, messages):
         """The ids that stand before the answer, by the renderer that made the training data."""
@@ -88,10 +96,9 @@ class LoadedModel:
 
     def generate(self, prompts, config):
         """Yields, step by step, a list with the next id of each row's answer; None from its stop on."""
-        stop = self.encoding.eot_token
         for ids in self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                       stop, self.encoding.n_vocab):
-            yield [None if token == stop else token for token in ids]
+                                       self.stop, self.encoding.n_vocab):
+            yield [None if token == self.stop else token for token in ids]
 
 
 def stored_spec(path):
@@ -106,10 +113,21 @@ def stored_spec(path):
                             "or remove it and give --data_dir")
     if path.name == "adapter_config.json" and spec.get("base_sha256"):
         weights = locate(base_of(path))
-        if sha256_of(weights) != spec["base_sha256"]:
+        if sha256_of(*weight_files(weights)) != spec["base_sha256"]:
             raise UserError(f"{path.parent} was trained on other weights than {weights} holds; write the path of those "
                             f"into {path} as base_model_name_or_path")
     return spec
+
+
+def load_model(path, dtype, bases):
+    """The model of a weights file. `bases` keeps those that are loaded: adapters over one base share its memory."""
+    base = locate(base_of(path)) if path.name == "adapter_config.json" else path
+    if base not in bases:
+        bases[base] = GPT.from_pretrained(base, dtype=dtype)
+    if base == path:
+        return bases[base]
+    shared = {id(parameter): parameter for parameter in bases[base].parameters()}
+    return copy.deepcopy(bases[base], shared).load_adapter(path.parent)
 
 
 def load(config):
@@ -122,22 +140,30 @@ def load(config):
     if device.type == "cpu":
         keep_freed_memory()
     names = config.model.split(",")
-    specs = [stored_spec(locate(name)) for name in names]
+    paths = [locate(name) for name in names]
     if config.data_dir:
         meta = load_meta(config.data_dir)
-        specs = [{**meta["prompt"], "encoding": meta["encoding"]}] * len(names)
+        words = [({**meta["prompt"], "encoding": meta["encoding"]}, Path(config.data_dir))] * len(names)
+    else:
+        words = [(stored_spec(path), path.parent) for path in paths]
     # a plain model beside a trained one is asked in the trained one's words
-    common = next((spec for spec in specs if spec), None)
-    models = []
-    for name, spec in zip(names, specs, strict=True):
-        spec, model = spec or common, GPT.from_pretrained(name)
-        encoding = get_encoding(spec["encoding"] if spec else "gpt2")
+    trained = next((pair for pair in words if pair[0]), None)
+    models, bases = [], {}
+    for name, path, pair in zip(names, paths, words, strict=True):
+        spec, directory = pair if pair[0] or not trained else trained
+        has_tokenizer = (directory / "tokenizer.json").is_file()
+        if spec is None and has_tokenizer and read_chat_template(directory):  # a model of others', asked in its own
+            spec = {"template": "model", "prompt_format": "", "response_format": "", "encoding": "tokenizer.json"}
+        own_encoding = "tokenizer.json" if has_tokenizer else "gpt2"
+        encoding = get_encoding(spec["encoding"] if spec else own_encoding, directory)
+        spec = spec and bring_tokenizer(spec, encoding, directory)
+        model = load_model(path, dtype, bases)
         if model.config.vocab_size < encoding.n_vocab:
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on")
-        models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec))
+        models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
         if config.system and not models[-1].is_chat():
-            raise UserError("--system: only the chat template has a system prompt; leave it out")
+            raise UserError("--system: only a chat template has a system prompt; leave it out")
     return models
 
 
@@ -178,19 +204,17 @@ def stream(loaded, prompt, config):
 
 
 def reply(loaded, text, turns, config):
-    """Prints the answer to `text`. `turns`: the ids of each earlier turn. A model that learned conversations of several
-    turns goes on with them; the oldest are dropped when the context is full."""
+    """Prints the answer to `text`. `turns`: the earlier messages. A model that learned conversations of several turns
+    goes on with them; the oldest are dropped when the context is full."""
     context, messages = loaded.model.config.block_size, prompt_messages(text, config, loaded.spec)
-    first = loaded.prompt_ids(messages)  # with the system prompt, where there is one
-    turn = loaded.prompt_ids(messages[-1:])
-    system = first[:len(first) - len(turn)]
-    longest = context - min(config.max_new_tokens, context // 4) - len(first)
-    while turns and sum(map(len, turns)) > longest:
-        turns.pop(0)
+    system, turn = messages[:-1], messages[-1:]
+    longest = context - min(config.max_new_tokens, context // 4)
+    while turns and len(loaded.prompt_ids([*system, *turns, *turn])) > longest:
+        del turns[:2]
         print("(the context is full: the oldest turn is forgotten)")
-    answer = stream(loaded, [*system, *chain(*turns), *turn], config)
+    answer = stream(loaded, loaded.prompt_ids([*system, *turns, *turn]), config)
     if loaded.keeps_turns():
-        turns.append(turn + answer)
+        turns += [*turn, ("assistant", {"text": loaded.encoding.decode(answer)})]
 
 
 def chat(models, config):
@@ -262,7 +286,7 @@ def answer_file(models, config):
         raise UserError(f"--file: {path} is not there; prepare_data.py leaves the held-out records in test.jsonl")
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
-    records = list(read_records(path, path.name))
+    records = list(read_records(path))
     if not records:
         raise UserError(f"--file: {path} holds no records; give one that does")
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
@@ -292,18 +316,11 @@ def export(loaded, directory):
     directory = Path(directory)
     if (directory / "model.safetensors").exists() or (directory / "adapter_config.json").exists():
         raise UserError(f"--export={directory} holds a model already; name another directory")
-    loaded.model.config.eos_token_id = loaded.encoding.eot_token  # of a padded vocabulary it is not the last id
+    loaded.model.config.eos_token_id = loaded.stop  # of a padded vocabulary it is not the last id
     loaded.model.merge_lora().save_pretrained(directory)
     if loaded.spec:
-        write_json(directory / "prompt.json", loaded.spec)
-    if loaded.encoding.name == "gpt2":
-        for name, text in tokenizer_files(loaded.encoding).items():
-            with atomic_file(directory / name) as file:
-                file.write(text.encode())
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
-        write_json(directory / "tokenizer_config.json", {
-            "tokenizer_class": "GPT2Tokenizer", "model_max_length": loaded.model.config.block_size, **special,
-            "add_prefix_space": False, "chat_template": chat_template(loaded.spec) if loaded.spec else None})
+        write_json(directory / "prompt.json", {name: loaded.spec[name] for name in STORED if name in loaded.spec})
+        copy_tokenizer(loaded.directory, directory, loaded.spec)
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
 

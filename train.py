@@ -1,4 +1,4 @@
-"""Trains GPT-2 on the shards that prepare_data.py wrote.
+"""Trains a GPT-2 or a Llama on the shards that prepare_data.py wrote.
 
     python train.py                                                           # the demo: a small GPT from scratch
     python train.py --data_dir=data/instruction-data --init_from=gpt2-medium  # fine-tune OpenAI's weights
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 import torch
 
 from model import GPT, GPTConfig
@@ -30,8 +31,8 @@ from nanosft.files import sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.optimizer import AdamW
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches
-from nanosft.templates import get_encoding
-from nanosft.weights import SIZES, locate
+from nanosft.templates import bring_tokenizer, copy_tokenizer, get_encoding
+from nanosft.weights import SIZES, locate, weight_files
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class TrainConfig:
     resume: bool = False  # go on from the checkpoint in out_dir
     overwrite: bool = False  # start anew in an out_dir that holds a run
     # model
-    init_from: str = ""  # scratch | gpt2 | gpt2-medium | gpt2-large | gpt2-xl | path; '' = gpt2, for the demo scratch
+    init_from: str = ""  # scratch | gpt2 ... gpt2-xl | owner/name | path; '' = the data's, gpt2, for the demo scratch
     n_layer: int = 3  # from scratch: layers
     n_head: int = 4  # from scratch: attention heads
     n_embd: int = 128  # from scratch: width
@@ -50,7 +51,7 @@ class TrainConfig:
     lora_rank: int = 0  # train a LoRA adapter of this rank over frozen weights; 0 = train all weights
     lora_alpha: float = 16.0  # the adapter's update is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # probability of dropping an input of the adapter
-    lora_targets: str = "c_attn,c_proj,c_fc"  # layers that get one, by the ends of their names (mlp.c_proj is one too)
+    lora_targets: str = ""  # layers that get one, by the ends of their names, with commas; '' = all linear ones
     # batches and length
     batch_size: int = 8  # examples in an optimizer step
     micro_batch_tokens: int = 0  # tokens in one forward pass, rows x longest: memory, never the result; 0 = by device
@@ -127,6 +128,9 @@ class Run:
     steps: int  # that are planned, if no time limit comes first
     learning_rate: float  # the peak
     max_tokens: int  # of a micro-batch
+    encoding: tiktoken.Encoding
+    spec: dict  # how the data were rendered
+    tokenizer: Path | str  # the directory with the model's tokenizer.json, if there is one
 
 
 # ---- the length of a run --------------------------------------------------------------------------------------------
@@ -162,22 +166,23 @@ def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
 
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
-def build_model(config, meta, checkpoint):
+def build_model(config, meta, checkpoint, dtype):
     """(model, base): the model of the checkpoint, or the one that --init_from names, if it fits the data. `base` says
-    what training began with: its name or path and, under LoRA, which stores no weights of its own, its sha256."""
+    what training began with: its name or path and, under LoRA, which stores no weights of its own, its sha256. What is
+    frozen is read in `dtype`, the one computed in, and never in float32."""
     if checkpoint and not config.lora_rank:
         return GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["base"]
-    init_from = config.init_from or ("gpt2" if meta["encoding"] == "gpt2" else "scratch")
+    init_from = config.init_from or meta["model"] or ("gpt2" if meta["encoding"] == "gpt2" else "scratch")
     base = {"name": init_from}
     if init_from == "scratch":
         if config.lora_rank:
             raise UserError("--lora_rank needs weights to adapt: name them with --init_from")
         return GPT(GPTConfig(meta["block_size"], meta["vocab_size"], config.n_layer, config.n_head, config.n_embd,
-                             config.dropout, meta["eot"])), base
+                             config.dropout, meta["stop"], meta["stop"])), base
     if init_from in SIZES and meta["encoding"] != "gpt2":
         raise UserError(f"--init_from={init_from} needs GPT-2's encoding, {config.data_dir} is in {meta['encoding']}: "
                         "prepare it with --encoding=gpt2, or train with --init_from=scratch")
-    model = GPT.from_pretrained(init_from, config.dropout).merge_lora()
+    model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
     if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 128:  # some pad it for speed
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: name other data with --data_dir, or prepare "
@@ -186,17 +191,18 @@ def build_model(config, meta, checkpoint):
     if longest - 1 > context:
         raise UserError(f"--init_from={init_from} has a context of {context} tokens, the longest example {longest}: "
                         f"prepare the data with --block_size={context}")
-    model.config.eos_token_id = meta["eot"]
+    model.config.eos_token_id = meta["stop"]
     if config.lora_rank:
         path = locate(init_from)
         if path.name == "adapter_config.json":
             raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
                             f"python sample.py --model={shlex.quote(init_from)} --export=DIRECTORY")
-        base["sha256"] = sha256_of(path)
+        base["sha256"] = sha256_of(*weight_files(path))
         if checkpoint and checkpoint["base"]["sha256"] != base["sha256"]:
             raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with "
                             "--init_from")
-        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_targets.split(","))
+        targets = list(filter(None, config.lora_targets.split(",")))
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
     return model, base
 
 
@@ -323,13 +329,15 @@ def save_weights(run, name):
     so that the directory can be moved alone."""
     directory, base, masters = Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters
     directory.mkdir(parents=True, exist_ok=True)
+    copy_tokenizer(run.tokenizer, directory, run.spec)
     prompt = {**run.meta["prompt"], "encoding": run.meta["encoding"]}
     prompt.update({f"base_{name}": value for name, value in base.items()})
     write_json(directory / "prompt.json", prompt)  # first: where there are weights, all that they need is there
     if "sha256" not in base:
         run.model.save_pretrained(directory, masters)
-    elif base["name"] in SIZES:
-        run.model.save_adapter(directory, f"openai-community/{base['name']}", masters)
+    elif not Path(base["name"]).exists():  # one of the hub's
+        repository = f"openai-community/{base['name']}" if base["name"] in SIZES else base["name"]
+        run.model.save_adapter(directory, repository, masters)
     else:
         path = locate(base["name"])
         path = path.parent if (path.parent / "config.json").exists() else path
@@ -374,9 +382,9 @@ def set_up(config, device):
     max_tokens = config.micro_batch_tokens or max(max_tokens, longest)
     if max_tokens < longest:
         raise UserError(f"--micro_batch_tokens={max_tokens} is below the longest example, {longest} tokens: raise it")
-    model, base = build_model(config, meta, values)
-    model.gradient_checkpointing = config.gradient_checkpointing
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
+    model, base = build_model(config, meta, values, dtype)
+    model.gradient_checkpointing = config.gradient_checkpointing
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
                                      weight_decay=config.weight_decay, low_memory=config.low_memory))
     from_scratch = base["name"] == "scratch"
@@ -389,7 +397,12 @@ def set_up(config, device):
         if steps != values["steps"]:
             print(f"the run now has {steps:,} steps instead of {values['steps']:,}: from here on the learning rate "
                   "follows the new length")
-    return Run(config, meta, data, val, model, base, state, steps, learning_rate, max_tokens)
+    encoding = get_encoding(meta["encoding"], config.data_dir)
+    spec, tokenizer = bring_tokenizer(meta["prompt"], encoding, config.data_dir), config.data_dir
+    if encoding.name == "gpt2" and base["name"] != "scratch":
+        with contextlib.suppress(UserError):  # the base of a run that goes on may be gone
+            tokenizer = locate(base["name"]).parent
+    return Run(config, meta, data, val, model, base, state, steps, learning_rate, max_tokens, encoding, spec, tokenizer)
 
 
 def describe(run):
@@ -449,7 +462,7 @@ def train(config, device):
     describe(run)
     max_tokens, token_seconds = warm_up(run, device)
     token_seconds = all_reduce(token_seconds, "MAX")
-    samples = report.Samples(run.val if len(run.val) else data, get_encoding(run.meta["encoding"]))
+    samples = report.Samples(run.val if len(run.val) else data, run.encoding, run.meta["stop"])
     begin_started = time.perf_counter()
     track = begin(run, samples) if rank == 0 else None
     begin_seconds = all_reduce(time.perf_counter() - begin_started, "MAX")

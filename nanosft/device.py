@@ -33,16 +33,16 @@ def pick_dtype(name, device):
     dtypes, choice = (torch.bfloat16, torch.float16, torch.float32), 2
     if device.type == "cuda":
         choice = 0 if torch.cuda.get_device_capability(device) >= (8, 0) else 1
-    elif device.type == "cpu" and matmul_rate(torch.bfloat16) > 1.4 * matmul_rate(torch.float32):
+    elif device.type == "cpu" and matmul_rate(torch.bfloat16) > 1.2 * matmul_rate(torch.float32):
         choice = 0
     return dtypes[int(all_reduce(choice, how="MAX"))]
 
 
-def matmul_rate(dtype, n=256):
+def matmul_rate(dtype, n=512):
     """Multiplications and additions a second in this dtype on the CPU, by timing one matrix product. A CPU without
     native bfloat16 takes longer over it than over float32."""
     x, seconds = torch.ones(n, n, dtype=dtype), math.inf
-    for _ in range(4):
+    for _ in range(8):
         started = time.perf_counter()
         x @ x
         seconds = min(seconds, time.perf_counter() - started)
@@ -51,10 +51,11 @@ def matmul_rate(dtype, n=256):
 
 def keep_freed_memory():
     """Tells glibc to keep the memory that is freed: to give it back and to get it anew, page by page, costs a training
-    step on a CPU more time than AdamW does."""
+    step on a CPU more time than AdamW does. Pieces of 32 MB and more, glibc's limit, come and go as usual: what is
+    kept is split up by small pieces that stay, and would soon hold no large one."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt:
-        for option, value in ((-4, 0), (-1, -1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD (never), M_TOP_PAD
+        for option, value in ((-3, 1 << 25), (-1, -1), (-2, 1 << 28)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(option, value)

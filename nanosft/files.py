@@ -51,10 +51,13 @@ def read_json(path):
     return values
 
 
-def sha256_of(path):
-    """The SHA-256 of a file as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_of(*paths):
+    """The SHA-256 of a file, or of several one after the other, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
 
 
 def crc32_of(path):

@@ -1,33 +1,58 @@
-"""Files of the Hugging Face hub, in the hub's usual cache, where other programs find them too.
+"""Models of the Hugging Face hub, in the hub's usual cache, where other programs find them too.
 
-HF_HUB_CACHE, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE mean what they mean there. A repository is `owner/name`.
+HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_TOKEN_PATH mean what they mean there. A repository
+is `owner/name`.
 """
+import hashlib
 import http.client
 import os
 import re
+import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-import torch
+from nanosft.console import UserError, status
+from nanosft.files import atomic_file, read_json, sha256_of
 
-from nanosft.console import UserError
-from nanosft.files import sha256_of
+INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor stands in which
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+             "generation_config.json")  # what lies beside the weights, where a model has it
+
+
+def home():
+    """The directory of the hub's programs."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.environ.get("HF_HOME", os.path.join(cache, "huggingface"))).expanduser()
 
 
 def folder_of(repository):
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE", home() / "hub")).expanduser()
     return hub / f"models--{repository.replace('/', '--')}"
 
 
-def cached(repository, file):
-    """The path of a repository's file in the hub's cache, or None."""
+def files_of(directory):
+    """The files that hold a model's tensors in this directory: one, or those that an index names; [] where none is."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (directory / name).is_file():
+            return [directory / name]
+    if not (directory / INDEX).is_file():
+        return []
+    names = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not all(re.fullmatch(r"[\w.-]+", str(name)) for name in names.values()):
+        raise UserError(f"{directory / INDEX} names no files; download or write it again")
+    return [directory / name for name in sorted(set(names.values()))]
+
+
+def cached(repository):
+    """The directory of a repository in the hub's cache, if it holds all weights; else None."""
     try:
         commit = (folder_of(repository) / "refs" / "main").read_text().strip()
     except OSError:
         return None
-    path = folder_of(repository) / "snapshots" / commit / file
-    return path if path.is_file() else None
+    directory = folder_of(repository) / "snapshots" / commit
+    files = files_of(directory)
+    return directory if files and all(file.is_file() for file in files) else None
 
 
 class AsAnswered(urllib.request.HTTPErrorProcessor):
@@ -39,41 +64,100 @@ class AsAnswered(urllib.request.HTTPErrorProcessor):
     https_response = http_response
 
 
+def request(url, method):
+    """A request with the user's token, which a redirect to another server does not get."""
+    made, token = urllib.request.Request(url, method=method), os.environ.get("HF_TOKEN", "")
+    path = Path(os.environ.get("HF_TOKEN_PATH", home() / "token")).expanduser()
+    if not token and path.is_file():
+        token = path.read_text()
+    if token.strip():
+        made.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
+    return made
+
+
 def announced(url):
-    """(SHA-256, commit) of a large file on the hub."""
-    request = urllib.request.Request(url, method="HEAD")
-    with urllib.request.build_opener(AsAnswered).open(request, timeout=30) as response:
-        digest = response.headers.get("X-Linked-Etag", "").strip('"')
-        commit = response.headers.get("X-Repo-Commit", "")
-    if not re.fullmatch(r"[0-9a-f]{64} [0-9a-f]{40}", f"{digest} {commit}"):  # they become file names
-        raise ValueError(f"the answer {response.status} tells no hash and commit")
-    return digest, commit
+    """(hash, commit) of a file on the hub; None where there is no such file."""
+    for _ in range(5):
+        with urllib.request.build_opener(AsAnswered).open(request(url, "HEAD"), timeout=30) as response:
+            headers, code = response.headers, response.status
+        if code in (301, 302, 303, 307, 308) and headers.get("Location", "").startswith("/"):
+            url = urllib.parse.urljoin(url, headers["Location"])  # within the hub: a repository has moved
+            continue
+        if code == 404:
+            return None
+        if code >= 400:
+            raise urllib.error.HTTPError(url, code, http.client.responses.get(code, ""), headers, None)
+        digest = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
+        digest, commit = digest.removeprefix("W/").strip('"'), headers.get("X-Repo-Commit", "")
+        if re.fullmatch(r"([0-9a-f]{64}|[0-9a-f]{40}) [0-9a-f]{40}", f"{digest} {commit}"):  # they become file names
+            return digest, commit
+        raise ValueError(f"the answer {code} tells no hash and commit")
+    raise ValueError("redirected too often")
 
 
-def download(repository, file):
-    """Fetches a repository's file into the hub's cache and returns its path. Its hash is verified, and an interrupted
-    download leaves nothing behind."""
-    folder = folder_of(repository)
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{repository} is not in {folder.parent} and HF_HUB_OFFLINE is set; unset it, or name the path "
-                        "of a copy")
+def hash_of(path, digest):
+    """The file's hash of this digest's kind: SHA-256 of a large file, git's SHA-1 of a small one."""
+    if len(digest) == 64:
+        return sha256_of(path)
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def fetch(repository, file):
+    """The path of a repository's file in the cache, downloaded and verified if need be; None where the hub lacks it.
+    An interrupted download leaves nothing behind."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    url = f"{endpoint}/{repository}/resolve/main/{file}"
-    try:
-        digest, commit = announced(url)
-        blob, snapshot = folder / "blobs" / digest, folder / "snapshots" / commit / file
-        for directory in (blob.parent, snapshot.parent, folder / "refs"):
-            directory.mkdir(parents=True, exist_ok=True)
-        if not blob.exists() or sha256_of(blob) != digest:
-            print(f"downloading {repository} from {endpoint} to {folder.parent}", flush=True)
-            torch.hub.download_url_to_file(url, str(blob), hash_prefix=digest)
+    url, folder = f"{endpoint}/{repository}/resolve/main/{file}", folder_of(repository)
+    found = announced(url)
+    if found is None:
+        return None
+    digest, commit = found
+    blob, snapshot = folder / "blobs" / digest, folder / "snapshots" / commit / file
+    for directory in (blob.parent, snapshot.parent, folder / "refs"):
+        directory.mkdir(parents=True, exist_ok=True)
+    if not blob.exists() or hash_of(blob, digest) != digest:
+        with urllib.request.urlopen(request(url, "GET"), timeout=30) as response, atomic_file(blob) as target:
+            while piece := response.read(1 << 20):
+                target.write(piece)
+                status(f"downloading {repository}/{file}: {target.tell() / 1e6:,.0f} MB")
+        if hash_of(blob, digest) != digest:
+            blob.unlink()
+            raise ValueError(f"{file} came damaged")
+    if not snapshot.exists():
         try:
             snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
-        except OSError:  # it is there already, or this is Windows without developer mode
+        except OSError:  # Windows without developer mode
             os.replace(blob, snapshot)
-        (folder / "refs" / "main").write_text(commit)
-    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:  # RuntimeError: another hash
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"the download of {repository} failed ({reason}); check the network and try again, or name the "
-                        f"path of a copy instead (from {url})") from None
+    (folder / "refs" / "main").write_text(commit)
     return snapshot
+
+
+def download(repository):
+    """The directory of a repository in the hub's cache, with its weights, configuration and tokenizer, which are
+    fetched first."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{repository} is not in {folder_of(repository).parent} and HF_HUB_OFFLINE is set; unset it, "
+                        "or name the path of a copy")
+    try:
+        print(f"downloading {repository} to {folder_of(repository).parent}", flush=True)
+        config = fetch(repository, "config.json")
+        if config is None:
+            raise UserError(f"the hub has no model {repository} with a config.json; check the name")
+        for file in TOKENIZER:
+            fetch(repository, file)
+        if not fetch(repository, "model.safetensors") and fetch(repository, INDEX):
+            for path in files_of(config.parent):
+                fetch(repository, path.name)
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            raise UserError(f"the download of {repository} failed ({error}); try again later") from None
+        raise UserError(f"the hub refuses {repository} ({error.code}): check the name; if its page asks you to, accept "
+                        f"its licence there; then set HF_TOKEN to a token of your account that may read it") from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the download of {repository} failed ({str(error)[:100] or type(error).__name__}); check the "
+                        "network and try again, or name the path of a copy instead") from None
+    if not cached(repository):
+        raise UserError(f"{repository} has no model.safetensors: take another copy of it")
+    return config.parent

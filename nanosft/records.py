@@ -27,9 +27,10 @@ def open_text(path, newline=""):
     return opener(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
-def read_records(path, name):
-    """Yields (location, record) for every record of a .json, .jsonl, .csv or .tsv file, plain or .gz, as its `name`
-    says. UserError names the location of what is damaged."""
+def read_records(path):
+    """Yields (location, record) for every record of a .json, .jsonl, .csv or .tsv file, plain or .gz. UserError names
+    the location of what is damaged."""
+    name = path.name
     kind = Path(name.removesuffix(".gz")).suffix.lower()
     location, is_list = "line 1", False
     try:

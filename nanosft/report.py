@@ -140,8 +140,8 @@ def without_template(texts):
 class Samples:
     """A few prompts of a split with their right answers, to see in plain text what the model has learned so far."""
 
-    def __init__(self, shards, encoding, count=2):
-        self.encoding, self.prompts, self.answers = encoding, [], []
+    def __init__(self, shards, encoding, stop, count=2):
+        self.encoding, self.stop, self.prompts, self.answers = encoding, stop, [], []
         for tokens in (shards[i] for i in range(min(40, len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())
@@ -159,11 +159,11 @@ class Samples:
         print(f"  {heading}:")
         answers = [[] for _ in self.prompts]
         limit = min(64, max(map(len, self.answers)) + 4, model.config.block_size - max(map(len, self.prompts)))
-        for step in model.generate(self.prompts, limit, stop=self.encoding.eot_token, n_vocab=self.encoding.n_vocab):
+        for step in model.generate(self.prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab):
             for answer, token in zip(answers, step, strict=True):
                 if token is not None:
                     answer.append(token)
         for title, answer, right in zip(self.titles, answers, self.answers, strict=True):
-            text = self.encoding.decode([token for token in answer if token != self.encoding.eot_token])
+            text = self.encoding.decode([token for token in answer if token != self.stop])
             mark = "  (exact)" if answer == right else ""
             print(f"    {title} -> {shorten(text, 70)!r}{mark}", flush=True)

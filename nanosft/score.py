@@ -33,7 +33,7 @@ def label_set(references, named, loaded):
 
 def classify(loaded, prompts, labels):
     """The likeliest label for each prompt: highest log-probability summed over the label's tokens and its stop."""
-    answers = [loaded.encoding.encode_ordinary(label) + [loaded.encoding.eot_token] for label in labels]
+    answers = [loaded.encoding.encode_ordinary(label) + [loaded.stop] for label in labels]
     # a prompt that leaves no place for the longest answer loses its beginning
     longest_prompt = loaded.model.config.block_size + 1 - max(map(len, answers))
     likeliest, size = [], max(1, 64 // len(labels))

@@ -14,7 +14,7 @@ import numpy as np
 from nanosft.console import UserError
 from nanosft.files import crc32_of, crc32_of_json, write_json
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
 
 

@@ -1,19 +1,25 @@
 """Messages become segments, and segments become ids and flags: the one place for wording and loss mask.
 
-A segment is (text, supervised), or (EOT, supervised) for the end-of-text token. Each text is tokenised by itself as
-ordinary text, so that no content can become a special token, and a prompt has the same ids with and without its answer.
-A `spec` is a dict of template (alpaca, chat or text), prompt_format and response_format.
+A segment is (text, supervised), (EOT, supervised) for the end-of-text token, or (Special, supervised) for another.
+Each text is tokenised by itself as ordinary text, so that no content can become a special token, and a prompt has the
+same ids with and without its answer. A `spec` is a dict of template (alpaca, chat, text, or model for the model's own),
+prompt_format and response_format; `bring_tokenizer` adds to it what a model's own tokenizer needs.
 """
 import hashlib
 import json
 import os
+import shutil
 from itertools import chain
+from pathlib import Path
 
 import tiktoken
 
+from nanosft.chat_template import Special, read_chat_template, render_chat_template, stop_of
 from nanosft.console import UserError
+from nanosft.hub import TOKENIZER
 from nanosft.records import NAME, batched, fill, pair_of, to_messages
 from nanosft.shards import START, SUPERVISED
+from nanosft.tokenizer import read_tokenizer
 
 EOT = None  # in a segment, in the place of text
 
@@ -33,15 +39,21 @@ def render(messages, spec):
     """The segments of messages. Those that end with an answer give a training example; others give the prompt for
     sampling, which is the beginning of that example, token for token."""
     roles, (_, first) = [role for role, _ in messages], messages[0]
+    begin = Special(spec["bos_token"]) if spec.get("bos_token") else EOT
     if roles[0] == "text":
-        return [(EOT, False), (first["text"], True), (EOT, True)]
+        return [(begin, False), (first["text"], True), (EOT, True)]
     if roles[0] == "opening":  # the beginning of a text that sample.py goes on with
-        return [(EOT, False), (first["text"], False)]
+        return [(begin, False), (first["text"], False)]
     if roles[0] == "prompt":
         prompt_format = spec["prompt_format"]
         if not spec["response_format"]:  # a prompt and its answer stay as they are
             prompt_format = f"{{{next(iter(first))}}}"
-        segments = [(fill(prompt_format, first, "prompt_format") or EOT, False)]  # something must stand first
+        prompt = fill(prompt_format, first, "prompt_format")
+        if spec["template"] == "model":
+            return render_chat_template([("user", {"content": prompt}), *messages[1:]], spec)
+        segments = [(prompt or EOT, False)]  # something must stand first
+    elif spec["template"] == "model":
+        return render_chat_template(messages, spec)
     elif spec["template"] == "alpaca":
         if roles not in (["user"], ["user", "assistant"]):
             raise UserError(f"the alpaca template holds one question and one answer, not {' + '.join(roles)}; "
@@ -54,7 +66,7 @@ def render(messages, spec):
     if len(messages) > 1:
         answer, = messages[1][1].values()
         segments += [(answer, True), (EOT, True)]
-    return segments
+    return [(begin, False), *segments] if spec.get("starts_with_bos") else segments
 
 
 def render_chat(messages):
@@ -87,7 +99,7 @@ def as_rendered(record, spec):
 
 def fingerprints(segments, seed):
     """(share, digest): a number in [0, 1) that depends on the prompt and the seed alone, and a hash of the whole."""
-    marked = ["|" if text is EOT else f"{len(text)}:{text}" for text, _ in segments]
+    marked = ["|" if text is EOT or isinstance(text, Special) else f"{len(text)}:{text}" for text, _ in segments]
     prompt, asked = marked, False
     for index, (text, supervised) in enumerate(segments):
         if supervised and asked:
@@ -103,8 +115,11 @@ def fingerprints(segments, seed):
 
 # ---- segments become ids and flags ----------------------------------------------------------------------------------
 
-def get_encoding(name):
-    """tiktoken's encoding of that name, or `bytes`: 256 bytes and end-of-text, with no vocabulary to download."""
+def get_encoding(name, directory=""):
+    """tiktoken's encoding of that name; `bytes`: 256 bytes and end-of-text, with no vocabulary to download; or
+    tokenizer.json: a model's own, in its directory."""
+    if name == "tokenizer.json":
+        return read_tokenizer(Path(directory) / name)
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={"<|endoftext|>": 256},
                                  mergeable_ranks={bytes([byte]): byte for byte in range(256)})
@@ -117,11 +132,35 @@ def get_encoding(name):
                         "once, or point TIKTOKEN_CACHE_DIR at a folder that holds it") from None
 
 
-def join(segments, encoded, eot, train_on_prompt):
+def bring_tokenizer(spec, encoding, directory):
+    """The spec with what a model's own tokenizer and chat template in this directory add to it."""
+    if encoding.name != "tokenizer.json":
+        return spec
+    return {**spec, "bos_token": encoding.bos_token, "eos_token": encoding.eos_token,
+            "starts_with_bos": encoding.starts_with_bos, "special_tokens": sorted(encoding.special_tokens_set),
+            "chat_template": read_chat_template(directory)}
+
+
+def stop_token(spec, encoding):
+    """The id that ends an answer."""
+    if spec and spec["template"] == "model":
+        return encoding.encode_single_token(stop_of(spec))
+    return encoding.eot_token
+
+
+def is_text(segment):
+    return segment[0] is not EOT and not isinstance(segment[0], Special)
+
+
+def join(segments, encoded, encoding, train_on_prompt):
     """(ids, flags) of one example, a list of int and as many bytes. `encoded` iterates over the ids of its texts."""
     ids, flags = [], bytearray()
-    for text, supervised in segments:
-        part = [eot] if text is EOT else next(encoded)
+    for segment in segments:
+        text, supervised = segment
+        if is_text(segment):
+            part = next(encoded)
+        else:
+            part = [encoding.eot_token if text is EOT else encoding.encode_single_token(text)]
         ids += part
         flags += bytes([SUPERVISED if supervised or train_on_prompt else 0]) * len(part)
     flags[0] = START  # nothing stands before the first token, so nothing can predict it
@@ -130,8 +169,8 @@ def join(segments, encoded, eot, train_on_prompt):
 
 def encode(segments, encoding, train_on_prompt=False):
     """(ids, flags) of one example or prompt."""
-    encoded = (encoding.encode_ordinary(text) for text, _ in segments if text is not EOT)
-    return join(segments, encoded, encoding.eot_token, train_on_prompt)
+    encoded = (encoding.encode_ordinary(segment[0]) for segment in segments if is_text(segment))
+    return join(segments, encoded, encoding, train_on_prompt)
 
 
 def tokenise(texts, encoding, pool):
@@ -143,28 +182,10 @@ def tokenise(texts, encoding, pool):
 
 def encode_all(examples, encoding, pool, train_on_prompt):
     """Yields (ids, flags) of each example, a list of segments, in order."""
-    texts = [text for segments in examples for text, _ in segments if text is not EOT]
+    texts = [segment[0] for segments in examples for segment in segments if is_text(segment)]
     encoded = tokenise(texts, encoding, pool)
     for segments in examples:
-        yield join(segments, encoded, encoding.eot_token, train_on_prompt)
-
-
-def truncate(messages, max_tokens, spec, encoding, train_on_prompt):
-    """(segments, ids, flags) of messages after the longest fields of the user's have lost their ends, until
-    `max_tokens` are enough or all are empty."""
-    messages = [(role, dict(fields)) for role, fields in messages]
-    asked = [(fields, key) for role, fields in messages if role in ("user", "prompt")
-             for key, value in fields.items() if isinstance(value, str)]
-    while True:
-        segments = render(messages, spec)
-        ids, flags = encode(segments, encoding, train_on_prompt)
-        excess = len(ids) - max_tokens
-        tokens = [encoding.encode_ordinary(fields[key]) for fields, key in asked]
-        if excess <= 0 or not any(tokens):
-            return segments, ids, flags
-        longest = max(range(len(asked)), key=lambda index: len(tokens[index]))
-        fields, key = asked[longest]
-        fields[key] = encoding.decode_bytes(tokens[longest][:-excess]).decode("utf-8", errors="ignore")
+        yield join(segments, encoded, encoding, train_on_prompt)
 
 
 def blocks(parts, block_size):
@@ -188,6 +209,15 @@ REFUSE = ("{% if messages | map(attribute='role') | list not in [['user'], ['use
           "{% endif %}")
 
 
+def copy_tokenizer(source, target, spec):
+    """Copies the tokenizer in one directory, if there is one, into another, with the spec as its chat template."""
+    for name in TOKENIZER:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+    if spec["template"] != "model" and chat_template(spec):
+        (Path(target) / "chat_template.jinja").write_text(chat_template(spec), encoding="utf-8")
+
+
 def chat_template(spec):
     """The spec as a Jinja template for transformers, which refuses a conversation that the spec cannot hold. None where
     it is no conversation: plain text, or several columns."""
@@ -195,35 +225,13 @@ def chat_template(spec):
     if spec["template"] == "text" or len(columns) > 1 or (spec["response_format"] and not columns):
         return None
     if not columns and spec["template"] == "chat":
-        return ("{% for m in messages %}{{ '<|endoftext|>' + m['role'] + '\n' + m['content'] }}{% endfor %}"
-                "{{ '<|endoftext|>' }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
+        return ("{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"
+                "{{ eos_token }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
     mark = "\0"
     wording = alpaca_prompt(mark, "")
     if columns:
         wording = NAME.sub(mark, spec["prompt_format"])
     pieces = [f"{{{{ {json.dumps(piece, ensure_ascii=False)} }}}}" for piece in wording.split(mark)]
-    return (REFUSE + "{{ messages[0]['content'] }}".join(pieces)
-            + "{% if messages | length == 2 %}{{ messages[1]['content'] + '<|endoftext|>' }}{% endif %}")
-
-
-def tokenizer_files(encoding):
-    """{file name: text} of GPT-2's vocab.json and merges.txt, recovered from tiktoken's ranks: the two parts of a token
-    are what byte-pair encoding leaves of its bytes when it may use earlier ranks alone."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    letters = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
-
-    def spell(token):
-        return "".join(letters[byte] for byte in token)
-
-    ranks, merges = encoding._mergeable_ranks, ["#version: 0.2"]
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:
-            pairs = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:], strict=False)]
-            first = pairs.index(min(pairs))
-            parts[first:first + 2] = [parts[first] + parts[first + 1]]
-        if len(parts) == 2:
-            merges.append(f"{spell(parts[0])} {spell(parts[1])}")
-    vocabulary = {spell(token): rank for token, rank in ranks.items()} | {"<|endoftext|>": encoding.eot_token}
-    return {"vocab.json": json.dumps(vocabulary, ensure_ascii=False), "merges.txt": "\n".join(merges) + "\n"}
+    bos = "{{ bos_token }}" if spec.get("starts_with_bos") else ""
+    return (REFUSE + bos + "{{ messages[0]['content'] }}".join(pieces)
+            + "{% if messages | length == 2 %}{{ messages[1]['content'] + eos_token }}{% endif %}")

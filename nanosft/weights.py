@@ -1,121 +1,119 @@
-"""Models as files: safetensors, .bin, nanoGPT's ckpt.pt, LoRA adapters in PEFT's layout.
+"""Models as files: Hugging Face's directories and the hub, nanoGPT's ckpt.pt, LoRA adapters in PEFT's layout.
 
-Nothing that is read is ever executed. Tensors are read one by one, so that a file is never in memory twice.
+Tensors are read one by one, so that a file is never in memory twice.
 """
-import json
 import math
-import os
 import re
 from pathlib import Path
 
 import torch
 
 from nanosft.console import UserError
-from nanosft.files import atomic_file, read_json, write_json
-from nanosft.hub import cached, download
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-
-
-def write_safetensors(path, tensors):
-    """Writes tensors by name in the safetensors format: 8 bytes of header length, a JSON header, the raw data."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text = text.ljust(-(-len(text) // 8) * 8)  # the data begin at a multiple of 8
-    with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():  # copied to the CPU and made contiguous one at a time
-            file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-
-
-def read_safetensors(path):
-    """Yields (name, tensor) of a safetensors file; UserError where its header and its size do not agree exactly."""
-    size, end = os.path.getsize(path), 0
-    with open(path, "rb") as file:
-        try:
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            # tensors lie end to end, with no gap and nothing after the last
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                dtype, shape, (start, stop) = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-                if dtype is None:
-                    raise ValueError(f"{name} is of the unknown dtype {entry['dtype']}")
-                are_sizes = all(type(number) is int and number >= 0 for number in [*shape, start, stop])
-                if not are_sizes or start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                    raise ValueError(f"{name} has a false offset or size")
-                if 8 + length + stop > size:
-                    raise ValueError(f"it ends before {name} does")
-                end, tensor = stop, torch.empty(shape, dtype=dtype)
-                file.readinto(tensor.view(-1).view(torch.uint8).numpy())
-                yield name, tensor
-            if 8 + length + end != size:
-                raise ValueError("it holds more than its header says")
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # the last is torch's
-            raise UserError(f"{path} is no valid safetensors file ({error}); download or write it again") from None
-
-
-def read_pickle(path):
-    """What torch.save wrote, if it is tensors and plain values; nothing in it is ever executed."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} holds no plain tensors ({type(error).__name__}); use the model's .safetensors"
-                        ) from None
-
-
-def read_tensors(path):
-    """Yields (name, tensor) of a .safetensors or .bin file."""
-    if path.suffix == ".safetensors":
-        yield from read_safetensors(path)
-        return
-    state = read_pickle(path)
-    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors; expected GPT-2's weights by name")
-    for name in list(state):
-        yield str(name), state.pop(name)  # the reader may free it
-
-
-# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+from nanosft.files import read_json, write_json
+from nanosft.hub import INDEX, cached, download, files_of
+from nanosft.tensors import read_pickle, read_safetensors, read_tensors, write_safetensors
 
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
-NUMBERS = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")  # of GPTConfig
-TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # Hugging Face's files hold these as (in, out)
-MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")  # causal masks, which some files hold
-# what model.py computes, in the words of config.json and as its defaults; all else shows in the tensors
-ARCHITECTURE = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
 
+# what model.py computes, in the words of config.json; a value that is not named there is the one here
+ARCHITECTURE = {
+    "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True},
+    "llama": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}}
+# GPTConfig's numbers by their names there
+NUMBERS = {
+    "gpt2": {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
+             "n_embd": "n_embd"},
+    "llama": {"block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
+              "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_kv_head": "num_key_value_heads",
+              "head_dim": "head_dim", "n_inner": "intermediate_size"}}
+LLAMA = dict(fused_qkv=False, gated_mlp=True, bias=False, rms_norm=True)  # in GPTConfig
+PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of names of tensors in files
+PREFIXES = re.compile(r"^((transformer|model|module|_orig_mod)\.)+")  # those that some files lack or add
+RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm.",
+           "ln_f.": "norm.", "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
+           "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj",
+           "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}  # model.py's names in Llama's files
+TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's files hold these as (in, out)
+MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # no weights
+
+
+def family_of(config):
+    return "llama" if config.rope_theta else "gpt2"
+
+
+def rename(name, names):
+    """`name` with its parts replaced, each from its beginning on."""
+    return re.sub("|".join(rf"(?<![a-z_]){re.escape(part)}" for part in names), lambda match: names[match[0]], name)
+
+
+def file_name(config, name):
+    """The name that a layer or tensor of model.py has in the family's files."""
+    if name.startswith("lm_head"):
+        return name
+    return PREFIX[family_of(config)] + (rename(name, RENAMED) if config.rope_theta else name)
+
+
+def own_name(family, name):
+    """The name in model.py of a layer or tensor of the family's files."""
+    name = PREFIXES.sub("", name)
+    return rename(name, {theirs: ours for ours, theirs in RENAMED.items()}) if family == "llama" else name
+
+
+# ---- configuration --------------------------------------------------------------------------------------------------
 
 def checked(numbers, path):
-    """GPTConfig's numbers as they were read from this file, if they can be GPT-2's, with an end-of-text id."""
-    for name in NUMBERS:
+    """GPTConfig's numbers as they were read from this file, if they can be a model's, with an end-of-text id."""
+    for name in {**NUMBERS["gpt2"], **numbers}.keys() & NUMBERS["llama"].keys():
         number = numbers.get(name)
         if type(number) is not int or not 0 < number < 1 << 24:
-            raise UserError(f"{path} is no GPT-2 configuration: {name} is {number!r}; download or write it again")
-    if numbers["n_embd"] % numbers["n_head"]:
+            raise UserError(f"{path} is no configuration of a model: {name} is {number!r}; download or write it again")
+    if "head_dim" not in numbers and numbers["n_embd"] % numbers["n_head"]:
         raise UserError(f"{path}: n_embd={numbers['n_embd']} is no multiple of n_head={numbers['n_head']}; correct it")
+    if numbers["n_head"] % numbers.get("n_kv_head", 1):
+        raise UserError(f"{path}: {numbers['n_head']} heads are no multiple of {numbers['n_kv_head']}; correct it")
     eos = numbers.get("eos_token_id")
+    if isinstance(eos, list) and eos:
+        eos = eos[0]
     if type(eos) is not int or not 0 <= eos < numbers["vocab_size"]:
         eos = min(50256, numbers["vocab_size"] - 1)  # GPT-2's own, or the last id of a smaller vocabulary
-    return {**{name: numbers[name] for name in NUMBERS}, "eos_token_id": eos}
+    bos = numbers.get("bos_token_id")
+    return {**numbers, "eos_token_id": eos, "bos_token_id": bos if type(bos) is int else eos}
 
 
 def read_config(path):
-    """GPTConfig's numbers in a Hugging Face config.json; UserError names the first thing that differs from GPT-2."""
+    """(family, GPTConfig's values) of a Hugging Face config.json; UserError names the first thing that differs from
+    what model.py computes."""
     values = read_json(path)
-    for name, ours in ARCHITECTURE.items():
+    family = values.get("model_type", "gpt2")
+    if family not in ARCHITECTURE:
+        raise UserError(f"{path}: model_type is {family!r}; only gpt2 and llama are supported: take a GPT-2 or a Llama")
+    for name, ours in ARCHITECTURE[family].items():
         if values.get(name, ours) != ours:
-            raise UserError(f"{path}: {name} is {values[name]!r}; only GPT-2's own {ours!r} is supported: take a GPT-2")
-    return checked({"vocab_size": 50257, **values, "block_size": values.get("n_positions", 1024)}, path)
+            raise UserError(f"{path}: {name} is {values[name]!r}; only {family}'s own {ours!r} is supported: take "
+                            f"another {family}")
+    defaults = {"n_positions": 1024, "vocab_size": 50257} if family == "gpt2" else {}
+    values = {**defaults, **values}
+    numbers = {ours: values[theirs] for ours, theirs in NUMBERS[family].items() if values.get(theirs) is not None}
+    numbers = checked({**numbers, **{name: values.get(name) for name in ("bos_token_id", "eos_token_id")}}, path)
+    if family == "gpt2":
+        return family, numbers
+    rope = values.get("rope_parameters")  # formerly in two places
+    rope = rope or {**(values.get("rope_scaling") or {}), "rope_theta": values.get("rope_theta")}
+    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta") or 10000.0
+    scaling = None
+    if kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        scaling = {"rope_type": kind, **{name: rope.get(name) for name in names}}
+        theta = theta if all(isinstance(scaling[name], int | float) for name in names) else None
+    elif kind != "default":
+        raise UserError(f"{path}: rope_type is {kind!r}; only default and llama3 are supported: take another llama")
+    epsilon = values.get("rms_norm_eps", 1e-6)
+    if not all(isinstance(number, int | float) and number > 0 for number in (theta, epsilon)):
+        raise UserError(f"{path}: rms_norm_eps, rope_theta or rope_scaling is no number; download or write it again")
+    return family, {**LLAMA, **numbers, "norm_eps": epsilon, "rope_theta": float(theta), "rope_scaling": scaling,
+                    "tied_head": bool(values.get("tie_word_embeddings", False))}
 
 
 def config_from(state, path):
@@ -126,17 +124,34 @@ def config_from(state, path):
         n_layer = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("h."))
     except (KeyError, ValueError):
         raise UserError(f"{path} holds no GPT-2: expected the matrices wte.weight and wpe.weight and layers h.0, h.1 "
-                        "...") from None
+                        "...; other models need their config.json beside it") from None
     if n_embd % 64:
         raise UserError(f"{path}: n_embd={n_embd} is no multiple of 64; put the model's config.json beside it")
-    return checked(dict(zip(NUMBERS, (block_size, vocab_size, n_layer, n_embd // 64, n_embd), strict=True)), path)
+    return checked(dict(zip(NUMBERS["gpt2"], (block_size, vocab_size, n_layer, n_embd // 64, n_embd), strict=True)),
+                   path)
 
+
+def write_config(path, config, dtype):
+    family = family_of(config)
+    values = {"architectures": [{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]],
+              **ARCHITECTURE[family], "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
+              "torch_dtype": str(dtype)[6:],
+              **{theirs: getattr(config, ours) for ours, theirs in NUMBERS[family].items()}}
+    if family == "gpt2":
+        values |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    else:
+        values |= {"rms_norm_eps": config.norm_eps, "rope_theta": config.rope_theta,
+                   "rope_scaling": config.rope_scaling, "tie_word_embeddings": config.tied_head}
+    write_json(path, values)
+
+
+# ---- weights --------------------------------------------------------------------------------------------------------
 
 def read_nanogpt(path):
     """(pairs of name and tensor, numbers) of nanoGPT's ckpt.pt; biases that it was trained without are zeros."""
     saved = read_pickle(path)
     try:
-        numbers = checked({name: saved["model_args"][name] for name in NUMBERS}, path)
+        numbers = checked({name: saved["model_args"][name] for name in NUMBERS["gpt2"]}, path)
         tensors = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in saved["model"].items()}
         for name in list(tensors):
             if re.search(r"(ln_.|c_\w+)\.weight$", name):
@@ -146,40 +161,47 @@ def read_nanogpt(path):
     return tensors.items(), numbers
 
 
-def read_gpt2(path):
-    """(state, numbers) of a GPT-2 in a .safetensors, .bin or nanoGPT's .pt file: its float32 tensors with the names and
-    shapes of model.py's parameters, if it is one, and its configuration as GPTConfig takes it."""
-    config, from_nanogpt, state = path.parent / "config.json", path.suffix == ".pt", {}
+def weight_files(path):
+    """What locate has found, or the files that it names where it is their index."""
+    return files_of(path.parent) if path.name == INDEX else [path]
+
+
+def read_pretrained(path, dtype):
+    """(state, values) of a model in a .safetensors, .bin or nanoGPT's .pt file, or several with an index: its tensors
+    in `dtype` with the names and shapes of model.py's parameters, if it is one, and its GPTConfig's values."""
+    config, from_nanogpt, state, family, values = path.parent / "config.json", path.suffix == ".pt", {}, "gpt2", None
     if from_nanogpt:
-        tensors, numbers = read_nanogpt(path)
+        tensors, values = read_nanogpt(path)
     else:
-        tensors, numbers = read_tensors(path), read_config(config) if config.exists() else None
+        tensors = (pair for file in weight_files(path) for pair in read_tensors(file))
+        if config.exists():
+            family, values = read_config(config)
     for name, tensor in tensors:
-        name = name.removeprefix("transformer.")
+        name = own_name(family, name)
         if name in state:
-            raise UserError(f"{path} holds {name} twice, once as transformer.{name}; download or write it again")
-        if TRANSPOSED.search(name) and tensor.dim() == 2 and not from_nanogpt:  # nanoGPT's matrices lie as ours do
-            tensor = tensor.t()
+            raise UserError(f"{path} holds {name} twice, under different prefixes; download or write it again")
+        if family == "gpt2" and TRANSPOSED.search(name) and tensor.dim() == 2 and not from_nanogpt:
+            tensor = tensor.t()  # nanoGPT's matrices lie as ours do
         if not MASKS.fullmatch(name):
-            state[name] = tensor.float().contiguous()
-    head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state.get("wte.weight", head)):
-        raise UserError(f"{path}: the output head differs from the token embedding, and GPT-2 ties them: take a GPT-2")
-    return state, numbers or config_from(state, path)
+            state[name] = tensor.to(dtype).contiguous()
+    values = values or config_from(state, path)
+    if values.get("tied_head", True):
+        head = state.pop("lm_head.weight", None)
+        if head is not None and not torch.equal(head, state.get("wte.weight", head)):
+            raise UserError(f"{path}: the output head differs from the token embedding, which config.json ties to it; "
+                            "take another model")
+    return state, values
 
 
-def write_gpt2(directory, state, config):
+def write_pretrained(directory, state, config):
     """Writes config.json and model.safetensors in Hugging Face's layout; `state` and `config` as model.py has them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "config.json", {
-        "architectures": ["GPT2LMHeadModel"], **ARCHITECTURE, "vocab_size": config.vocab_size,
-        "n_positions": config.block_size, "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-        "resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
-        "bos_token_id": config.eos_token_id, "eos_token_id": config.eos_token_id,
-        "torch_dtype": str(state["wte.weight"].dtype).removeprefix("torch.")})
+    write_config(directory / "config.json", config, state["wte.weight"].dtype)
+    transposed = family_of(config) == "gpt2"
     write_safetensors(directory / "model.safetensors", {  # last: no weights without their configuration
-        f"transformer.{name}": tensor.t() if TRANSPOSED.search(name) else tensor for name, tensor in state.items()})
+        file_name(config, name): tensor.t() if transposed and TRANSPOSED.search(name) else tensor
+        for name, tensor in state.items()})
 
 
 # ---- LoRA adapters in PEFT's layout ---------------------------------------------------------------------------------
@@ -191,7 +213,7 @@ KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules",
 USUAL = (("bias", "none"), ("init_lora_weights", True))
 
 
-def read_adapter(directory):
+def read_adapter(directory, config):
     """(rank, alpha, dropout, {layer: {"lora_A": (rank, in), "lora_B": (out, rank)}}) of a LoRA adapter, ours or peft's
     own; UserError for options that model.py lacks."""
     values, updates = read_json(Path(directory) / "adapter_config.json"), {}
@@ -205,27 +227,28 @@ def read_adapter(directory):
         raise UserError(f"{directory}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r} in "
                         "adapter_config.json make no adapter; write or download it again")
     for name, tensor in read_safetensors(Path(directory) / "adapter_model.safetensors"):
-        match = re.fullmatch(r"base_model\.model\.transformer\.(.+)\.(lora_[AB])\.weight", name)
+        match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
         if not match:
-            raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update of GPT-2; expected "
-                            "lora_A and lora_B of its layers alone")
-        updates.setdefault(match[1], {})[match[2]] = tensor.float()
+            raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update; expected lora_A and "
+                            "lora_B of linear layers alone")
+        updates.setdefault(own_name(family_of(config), match[1]), {})[match[2]] = tensor.float()
     if not updates:
         raise UserError(f"{directory}: the adapter holds no updates; write or download it again")
     return rank, alpha, dropout, updates
 
 
-def write_adapter(directory, base, rank, alpha, dropout, updates):
+def write_adapter(directory, base, config, rank, alpha, dropout, updates):
     """Writes what read_adapter reads; `base` is the name or path of the model that it was trained on."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_safetensors(directory / "adapter_model.safetensors", {
-        f"base_model.model.transformer.{layer}.{part}.weight": tensor
+        f"base_model.model.{file_name(config, layer)}.{part}.weight": tensor
         for layer, parts in updates.items() for part, tensor in parts.items()})
     write_json(directory / "adapter_config.json", {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank, "lora_alpha": alpha,
-        "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": True, "inference_mode": True,
-        "target_modules": sorted({layer.split(".", 2)[2] for layer in updates})})
+        "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": family_of(config) == "gpt2",
+        "inference_mode": True,
+        "target_modules": sorted({re.sub(r".*\.\d+\.", "", file_name(config, layer)) for layer in updates})})
 
 
 def base_of(path):
@@ -237,19 +260,22 @@ def base_of(path):
 
 
 def locate(name_or_path):
-    """The weights file behind a name of OpenAI's (downloaded on first use), a directory or a file."""
+    """The weights file, or the index of several, behind a name on the hub (downloaded on first use), a directory or a
+    file."""
     path = Path(name_or_path)
-    if name_or_path in SIZES and not path.exists():
-        repository, file = f"openai-community/{name_or_path}", "model.safetensors"
-        former = cached(name_or_path, file)  # under its former name many caches hold it
-        return cached(repository, file) or former or download(repository, file)
+    is_name = name_or_path in SIZES or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name_or_path)
+    if is_name and not path.exists():
+        repository = name_or_path if "/" in name_or_path else f"openai-community/{name_or_path}"
+        path = cached(repository) or cached(name_or_path) or download(repository)  # many caches know gpt2 as such
     for directory in (path / "best", path / "last", path):
-        for name in ("adapter_config.json", "model.safetensors", "pytorch_model.bin"):
+        for name in ("adapter_config.json", "model.safetensors", INDEX, "pytorch_model.bin"):
             if (directory / name).is_file():
                 return directory / name
     if path.is_dir():
-        raise UserError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor adapter_config.json")
-    if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".pt"):
-        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, or the path of a Hugging Face "
-                        "directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an out_dir of train.py")
+        raise UserError(f"{path} holds neither model.safetensors nor its index nor pytorch_model.bin nor "
+                        "adapter_config.json: name a directory with a model")
+    if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".pt") and path.name != INDEX:
+        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, a name owner/name on the hub, or the "
+                        "path of a Hugging Face directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an "
+                        "out_dir of train.py")
     return path

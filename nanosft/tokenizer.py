@@ -1,0 +1,115 @@
+"""A model's own tokenizer.json as a tiktoken encoding, where it is a byte-level BPE: GPT-2, Llama 3, SmolLM2."""
+from pathlib import Path
+
+import regex  # comes with tiktoken
+import tiktoken
+
+from nanosft.console import UserError
+from nanosft.files import read_json
+
+# How a text is cut into the pieces that are encoded one by one. DIGITS also cuts around every digit. The regex engine
+# does not go back behind "++", which makes it faster.
+GPT2 = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
+DIGITS = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s+(?!\S)|\s+"
+
+# The file spells each byte as one letter: a visible one of Latin-1 as itself, the 68 others as U+0100 and what follows.
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
+BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(HIDDEN)}
+
+
+class Tokenizer(tiktoken.Encoding):
+    """An encoding with a model's own special tokens: `eos_token` and `bos_token` are the texts of those that end and
+    begin a text; `starts_with_bos` says whether the file puts the latter first. `lacking`: the bytes without an id."""
+    eot_token = None  # the id of eos_token: an attribute, in the place of tiktoken's property
+
+    def encode_ordinary(self, text):
+        """The ids of a text; no special token is found in it. Lacking bytes go first: their neighbours may merge."""
+        data = text.encode(errors="replace") if self.lacking else b""
+        if data.translate(None, self.lacking) == data:
+            return super().encode_ordinary(text)
+        pieces = (match[0].encode(errors="replace") for match in regex.finditer(self._pat_str, text))
+        kept = filter(None, (piece.translate(None, self.lacking) for piece in pieces))
+        return [token for piece in kept for token in self._encode_single_piece(piece)]
+
+
+def read_tokenizer(path):
+    """The Tokenizer of a tokenizer.json. It gives every text the ids that the library `tokenizers` gives; where it
+    cannot, a UserError names what differs."""
+    values = read_json(path)
+    try:
+        return convert(Path(path), values)
+    except UserError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path} or a file beside it is damaged ({error!r}); download them again") from None
+
+
+def convert(path, values):
+    def refuse(what):
+        raise UserError(f"{path} has {what}; take a model with a byte-level BPE (GPT-2, Llama 3, SmolLM2), or prepare "
+                        "with --encoding=gpt2")
+
+    model, vocabulary = values["model"], values["model"]["vocab"]
+    if model.get("type", "BPE") != "BPE":  # the oldest files name none
+        refuse(f"a model of type {model['type']}")
+    for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            refuse(f"{key}={model[key]}")
+    if values["normalizer"]:
+        refuse(f"a normalizer, {values['normalizer']['type']}")
+    for token in values["added_tokens"]:
+        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"]:
+            refuse(f"an added token that is not special, or depends on what is beside it: {token['content']}")
+    special = {token["content"]: token["id"] for token in values["added_tokens"]}
+
+    steps = (values["pre_tokenizer"] or {}).get("pretokenizers", [values["pre_tokenizer"]])
+    match [{"use_regex": True, **(step or {})} for step in steps]:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            pattern = GPT2
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            pattern = DIGITS
+        case [{"type": "Split", "pattern": {"Regex": str(found)}, "behavior": "Isolated", "invert": False},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            pattern = f"{found}|(?:(?!{found})(?s:.))+"  # what lies between two matches is a piece too
+        case _:
+            refuse(f"the pre-tokenizer {steps}")
+
+    # Ids are tiktoken's ranks. It merges two neighbours that give a token, the lowest id first; `tokenizers` merges two
+    # that stand in its list, those that stand first.
+    merged = ["".join(merge).replace(" ", "") for merge in model["merges"]]  # of "a b" or ["a", "b"]
+    made = {*BYTES, *merged}
+    for token in vocabulary.keys() - made - special.keys():
+        refuse(f"the token {token}, which no merge makes")
+    ranks = {bytes(map(BYTES.get, token)): vocabulary[token] for token in made & vocabulary.keys()}
+    order = [vocabulary[token] for token in merged]
+    if order != sorted(order) or len({*ranks.values()}) < len(ranks):
+        refuse("merges in another order than their ids")
+    tokenizer = Tokenizer("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+    if tokenizer.lacking and model.get("unk_token"):
+        refuse(f"unk_token={model['unk_token']} and not every byte")
+    if not model.get("ignore_merges"):  # tiktoken takes a piece that is a token as it is, `tokenizers` merges its bytes
+        mark = b"\xff"  # stands in no text, so that nothing merges with it, and no piece with it is a token
+        probe = tiktoken.Encoding("", pat_str="", mergeable_ranks={mark: tokenizer.n_vocab, **ranks}, special_tokens={})
+        for token, rank in ranks.items():
+            if probe._encode_single_piece(mark + token)[1:] != [rank]:
+                refuse(f"the token {token}, which its bytes do not merge to")
+
+    names = {"eos_token": "<|endoftext|>"}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second counts more
+        beside = read_json(path.parent / name) if (path.parent / name).exists() else {}
+        for key in ("eos_token", "bos_token"):
+            if token := beside.get(key):
+                names[key] = token["content"] if isinstance(token, dict) else token
+    for key, token in names.items():
+        if token not in special:
+            raise UserError(f"{path} has no added token {token}: name one of its added_tokens as {key} in "
+                            "tokenizer_config.json beside it")
+    tokenizer.eos_token, tokenizer.eot_token = names["eos_token"], special[names["eos_token"]]
+    tokenizer.bos_token = names.get("bos_token", names["eos_token"])
+    processor = values["post_processor"] or {}
+    first = [step["single"][0] for step in processor.get("processors", [processor]) if "single" in step]
+    tokenizer.starts_with_bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}} in first
+    return tokenizer
