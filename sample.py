@@ -151,6 +151,8 @@ def load(config):
     models, bases = [], {}
     for name, path, pair in zip(names, paths, words, strict=True):
         spec, directory = pair if pair[0] or not trained else trained
+        if path.name == "adapter_config.json" and not (directory / "tokenizer.json").is_file():
+            directory = locate(base_of(path)).parent  # peft leaves the tokenizer with the base
         has_tokenizer = (directory / "tokenizer.json").is_file()
         if spec is None and has_tokenizer and read_chat_template(directory):  # a model of others', asked in its own
             spec = {"template": "model", "prompt_format": "", "response_format": "", "encoding": "tokenizer.json"}

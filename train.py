@@ -377,8 +377,10 @@ def set_up(config, device):
     torch.manual_seed(config.seed)
     data, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
     longest = int(data.lengths.max())
-    # a CPU is busy with 2,048 tokens; none needs more than the longest step holds
-    max_tokens = min(2048, config.batch_size * longest) if device.type == "cpu" else 16384
+    # a CPU is busy with 1,024 tokens, but to add up the gradients of all weights takes time; a step may hold less
+    max_tokens = 16384
+    if device.type == "cpu":
+        max_tokens = min(1024 if config.lora_rank else 2048, config.batch_size * longest)
     max_tokens = config.micro_batch_tokens or max(max_tokens, longest)
     if max_tokens < longest:
         raise UserError(f"--micro_batch_tokens={max_tokens} is below the longest example, {longest} tokens: raise it")

@@ -53,6 +53,8 @@ def keep_freed_memory():
     """Tells glibc to keep the memory that is freed: to give it back and to get it anew, page by page, costs a training
     step on a CPU more time than AdamW does. Pieces of 32 MB and more, glibc's limit, come and go as usual: what is
     kept is split up by small pieces that stay, and would soon hold no large one."""
+    # oneDNN keeps a kernel, a megabyte each, for every shape of a product: a thousand, unless it is told otherwise
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -41,7 +41,7 @@ def files_of(directory):
     names = read_json(directory / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(re.fullmatch(r"[\w.-]+", str(name)) for name in names.values()):
         raise UserError(f"{directory / INDEX} names no files; download or write it again")
-    return [directory / name for name in sorted(set(names.values()))]
+    return [directory / name for name in sorted(set(map(str, names.values())))]
 
 
 def cached(repository):
@@ -76,11 +76,11 @@ def request(url, method):
 
 
 def announced(url):
-    """(hash, commit) of a file on the hub; None where there is no such file."""
+    """(address, hash, commit) of a file on the hub, which may have moved; None where there is no such file."""
     for _ in range(5):
         with urllib.request.build_opener(AsAnswered).open(request(url, "HEAD"), timeout=30) as response:
             headers, code = response.headers, response.status
-        if code in (301, 302, 303, 307, 308) and headers.get("Location", "").startswith("/"):
+        if code in (301, 302, 303, 307, 308) and re.match("/[^/]", headers.get("Location", "")):
             url = urllib.parse.urljoin(url, headers["Location"])  # within the hub: a repository has moved
             continue
         if code == 404:
@@ -90,7 +90,7 @@ def announced(url):
         digest = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
         digest, commit = digest.removeprefix("W/").strip('"'), headers.get("X-Repo-Commit", "")
         if re.fullmatch(r"([0-9a-f]{64}|[0-9a-f]{40}) [0-9a-f]{40}", f"{digest} {commit}"):  # they become file names
-            return digest, commit
+            return url, digest, commit
         raise ValueError(f"the answer {code} tells no hash and commit")
     raise ValueError("redirected too often")
 
@@ -111,7 +111,7 @@ def fetch(repository, file):
     found = announced(url)
     if found is None:
         return None
-    digest, commit = found
+    url, digest, commit = found
     blob, snapshot = folder / "blobs" / digest, folder / "snapshots" / commit / file
     for directory in (blob.parent, snapshot.parent, folder / "refs"):
         directory.mkdir(parents=True, exist_ok=True)

@@ -5,14 +5,6 @@ from nanosft.console import UserError, status
 from nanosft.records import NAME, fill
 
 
-def interval(right, count):
-    """Wilson's 95 % confidence interval of a share."""
-    z, share = 1.96, right / count
-    middle = share + z * z / (2 * count)
-    half = z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
-
-
 def label_set(references, named, loaded):
     """The classes that answers come from, as they are rendered: those `named`, with commas, or the references, where
     they are few. [] where the file is no classification."""
@@ -89,9 +81,8 @@ def summary(results):
         if len(results) > 1 and count:
             print(f"{name}:")
         if "likelihood" in result:
-            low, high = interval(result["likelihood"], count)
-            print(f"likeliest label right {percent(result['likelihood'], count)}, 95 % interval {100 * low:.1f} to "
-                  f"{100 * high:.1f} %; always the commonest {percent(result['majority'], count)}; "
-                  f"answers with no known label {percent(result['no_label'], count)}")
+            print(f"likeliest label right {percent(result['likelihood'], count)}; always the commonest "
+                  f"{percent(result['majority'], count)}; answers with no known label "
+                  f"{percent(result['no_label'], count)}")
         if count:
             print(f"exact match {percent(result['exact'], count)}")

@@ -214,7 +214,7 @@ def copy_tokenizer(source, target, spec):
     for name in TOKENIZER:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
-    if spec["template"] != "model" and chat_template(spec):
+    if (Path(target) / "tokenizer.json").exists() and spec["template"] != "model" and chat_template(spec):
         (Path(target) / "chat_template.jinja").write_text(chat_template(spec), encoding="utf-8")
 
 

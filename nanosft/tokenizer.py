@@ -25,7 +25,9 @@ class Tokenizer(tiktoken.Encoding):
 
     def encode_ordinary(self, text):
         """The ids of a text; no special token is found in it. Lacking bytes go first: their neighbours may merge."""
-        data = text.encode(errors="replace") if self.lacking else b""
+        if not self.lacking:
+            return super().encode_ordinary(text)
+        data = text.encode(errors="replace")
         if data.translate(None, self.lacking) == data:
             return super().encode_ordinary(text)
         pieces = (match[0].encode(errors="replace") for match in regex.finditer(self._pat_str, text))
@@ -85,7 +87,7 @@ def convert(path, values):
     ranks = {bytes(map(BYTES.get, token)): vocabulary[token] for token in made & vocabulary.keys()}
     order = [vocabulary[token] for token in merged]
     if order != sorted(order) or len({*ranks.values()}) < len(ranks):
-        refuse("merges in another order than their ids")
+        refuse("merges in another order than their ids, or one id twice")
     tokenizer = Tokenizer("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     tokenizer.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
     if tokenizer.lacking and model.get("unk_token"):

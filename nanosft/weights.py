@@ -36,7 +36,7 @@ RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm."
            "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj",
            "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}  # model.py's names in Llama's files
 TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's files hold these as (in, out)
-MASKS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # no weights
+MASKS = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|self_attn\.rotary_emb\.inv_freq)")  # no weights, in old files
 
 
 def family_of(config):
@@ -86,7 +86,7 @@ def read_config(path):
     """(family, GPTConfig's values) of a Hugging Face config.json; UserError names the first thing that differs from
     what model.py computes."""
     values = read_json(path)
-    family = values.get("model_type", "gpt2")
+    family = str(values.get("model_type", "gpt2"))
     if family not in ARCHITECTURE:
         raise UserError(f"{path}: model_type is {family!r}; only gpt2 and llama are supported: take a GPT-2 or a Llama")
     for name, ours in ARCHITECTURE[family].items():
@@ -99,10 +99,11 @@ def read_config(path):
     numbers = checked({**numbers, **{name: values.get(name) for name in ("bos_token_id", "eos_token_id")}}, path)
     if family == "gpt2":
         return family, numbers
-    rope = values.get("rope_parameters")  # formerly in two places
-    rope = rope or {**(values.get("rope_scaling") or {}), "rope_theta": values.get("rope_theta")}
-    kind, theta = rope.get("rope_type", rope.get("type", "default")), rope.get("rope_theta") or 10000.0
-    scaling = None
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # formerly two, with rope_theta beside
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters or rope_scaling is {rope!r}; download or write it again")
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
+    theta = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
     if kind == "llama3":
         names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = {"rope_type": kind, **{name: rope.get(name) for name in names}}

@@ -2,11 +2,9 @@
 
 KILLS=200 pytest tests/test_kill.py -k killed -n 0 -s  # the first test's long form; by default it kills eight times
 """
-import csv
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +14,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, colour_records, tiny, write_lines
+from conftest import ROOT, checkpoint, colour_records, equal, prepared, rows, tiny
 
-import prepare_data
 import train
 from model import GPT
 from nanosft import files, flags, shards
@@ -49,18 +46,6 @@ SMALL = dict(n_layer=2, n_head=2, n_embd=32, dropout=0.1, device="cpu", dtype="f
              lr_schedule="constant", warmup_steps=2, eval_interval=3, save_interval=2, log_interval=1)
 
 
-def prepared(directory, records):
-    source = write_lines(directory / "records.jsonl", records)
-    prepare_data.main(prepare_data.PrepareConfig(input=str(source), out_dir=str(directory / "prepared"), show=0,
-                                                 encoding="bytes", template="chat", block_size=128))
-    return directory / "prepared"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return prepared(tmp_path_factory.mktemp("data"), colour_records(40))
-
-
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Only on as many threads are two runs equal to the bit. Pictures of the loss would take most of the time."""
@@ -83,20 +68,8 @@ def wait_for(condition, job, seconds=60):
         time.sleep(0.0005)
 
 
-def checkpoint(path):
-    return torch.load(path / "ckpt.pt", weights_only=True)
-
-
 def step_of(path):
     return checkpoint(path)["values"]["state"]["step"]
-
-
-def rows(path):
-    """log.csv without the seconds, and without a last row that is not whole; [] where there is none."""
-    if not (path / "log.csv").exists():
-        return []
-    with open(path / "log.csv", newline="") as file:
-        return [{**row, "seconds": ""} for row in csv.DictReader(file) if None not in row.values()]
 
 
 def steps(path):
@@ -111,18 +84,14 @@ def snapshot(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def equal(one, other):
-    """Two runs' checkpoints, weights and logs are the same to the bit."""
-    a, b = checkpoint(one), checkpoint(other)
-    for kind, tensors in a["tensors"].items():
-        if torch.is_tensor(tensors):
-            assert torch.equal(tensors, b["tensors"][kind]), kind
-            continue
-        assert tensors.keys() == b["tensors"][kind].keys()
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, b["tensors"][kind][name]), (kind, name)
-    state, other_state = ({**run["values"]["state"], "elapsed": 0} for run in (a, b))
-    assert state == other_state and rows(one) == rows(other) and steps(one) == list(range(1, state["step"] + 1))
+def assert_same_runs(one, other):
+    """Their checkpoints, weights and logs are the same to the bit."""
+    (a, tensors), (b, others) = ((run["values"]["state"], run["tensors"]) for run in map(checkpoint, (one, other)))
+    assert {**a, "elapsed": 0} == {**b, "elapsed": 0} and steps(one) == list(range(1, a["step"] + 1))
+    assert [{**row, "seconds": ""} for row in rows(one)] == [{**row, "seconds": ""} for row in rows(other)]
+    for kind in ("masters", "means", "squares"):
+        assert equal(tensors.pop(kind), others.pop(kind)), kind
+    assert equal(tensors, others)
     for part in ("best", "last"):
         assert snapshot(one / part) == snapshot(other / part)
 
@@ -174,7 +143,7 @@ def test_a_run_killed_anywhere_again_and_again_equals_one_that_nobody_killed(see
     for job in (spawn(*resume, *last), spawn(*program, *settings, *last, f"--out_dir={straight}")):
         _, err = job.communicate(timeout=600)
         assert (job.returncode, err) == (0, "")
-    equal(out_dir, straight)
+    assert_same_runs(out_dir, straight)
     assert not leftovers(out_dir)
     print(f"\n{KILLS // 2} kills in {newest + 9} steps, {met.total()} within a save: {dict(met)}")
     assert met.total() and met["ckpt.pt"] >= KILLS // 10
@@ -254,17 +223,20 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(target,
 
 @pytest.fixture
 def command(data, monkeypatch, capsys):
-    """command(**flags) -> (exit code, lines on stderr) of train.py's command line, in this process."""
+    """command(**flags) -> the one line on stderr with which train.py's command line fails, in this process, or ""."""
     def run(**settings):
         given = settings if "resume" in settings else SMALL | dict(data_dir=data, max_steps=6) | settings
         monkeypatch.setattr(sys, "argv", ["train.py", *words(**given)])
         monkeypatch.setattr(flags, "protect_output", lambda: None)  # pytest's own stays
         capsys.readouterr()
+        code = 0
         try:
             flags.run(train.main, TrainConfig)
         except SystemExit as left:
-            return left.code, capsys.readouterr().err.splitlines()
-        return 0, capsys.readouterr().err.splitlines()
+            code = left.code
+        lines = capsys.readouterr().err.splitlines()
+        assert (code, len(lines)) in ((0, 0), (1, 1)), lines
+        return "".join(lines)
     return run
 
 
@@ -273,15 +245,13 @@ FULL = {"checkpoint": (dict(eval_interval=0), r"ckpt\.pt"), "best": (dict(), r"b
         "log": (dict(eval_interval=0, save_interval=100), r"log\.csv")}
 
 
-def after_first_save(monkeypatch, action):
-    """Calls `action` when the first checkpoint is written; returns a list that will hold its bytes."""
+def first_checkpoint(monkeypatch):
+    """A list that will hold the bytes of the first checkpoint that is written."""
     saved, real = [], train.save_checkpoint
 
     def save(path, *content):
         real(path, *content)
-        if not saved:
-            saved.append(path.read_bytes())
-            action()
+        saved[:] = saved or [path.read_bytes()]
     monkeypatch.setattr(train, "save_checkpoint", save)
     return saved
 
@@ -299,21 +269,21 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint(what, tmp
     settings, name = FULL[what]
     out_dir = tmp_path / "out"
     with monkeypatch.context() as patch:
-        saved = after_first_save(patch, lambda: None)
+        saved = first_checkpoint(patch)
         no_space_for(patch, name, saved)
-        code, err = command(out_dir=out_dir, **{"max_steps": 300, **settings})
-    assert code == 1 and len(err) == 1 and re.search(name, err[0]) and "No space left" in err[0], err
+        error = command(out_dir=out_dir, **{"max_steps": 300, **settings})
+    assert re.search(name, error) and "No space left" in error
     assert (out_dir / "ckpt.pt").read_bytes() == saved[0] and not leftovers(out_dir)
     last = step_of(out_dir) + 5
-    assert command(resume=True, out_dir=out_dir, max_steps=last) == (0, [])
+    assert command(resume=True, out_dir=out_dir, max_steps=last) == ""
     assert steps(out_dir) == list(range(1, last + 1)) and step_of(out_dir) == last
     assert GPT.from_pretrained(out_dir / "best").config.n_embd == 32
     # a log that cannot be written anew stays as it was
     before = snapshot(out_dir)
     with monkeypatch.context() as patch:
         no_space_for(patch, "log.csv", True)
-        code, err = command(out_dir=out_dir, resume=True, max_steps=400)
-    assert code == 1 and len(err) == 1 and "log.csv" in err[0] and snapshot(out_dir) == before
+        assert "log.csv" in command(out_dir=out_dir, resume=True, max_steps=400)
+    assert snapshot(out_dir) == before
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(lora_rank=4)], ids=["full", "lora"])
@@ -347,40 +317,18 @@ def test_a_directory_that_cannot_be_written_gets_one_line(locked, command):
     before = snapshot(locked)
     for settings in (dict(out_dir=locked / "new"), dict(out_dir=locked / "out", resume=True, max_steps=9),
                      dict(out_dir=locked / "out", overwrite=True)):
-        code, err = command(**settings)
-        assert code == 1 and len(err) == 1 and re.search(f"(Read-only|Permission denied).*{locked}", err[0]), err
+        assert re.search(f"(Read-only|Permission denied).*{locked}", command(**settings))
     assert snapshot(locked) == before
 
 
 def test_a_directory_that_cannot_be_made_gets_one_line(tmp_path, command):
     (tmp_path / "file").write_text("")
     for out_dir in (tmp_path / "file", tmp_path / "file" / "out"):
-        code, err = command(out_dir=out_dir)
-        assert code == 1 and len(err) == 1 and str(tmp_path / "file") in err[0], err
+        assert str(tmp_path / "file") in command(out_dir=out_dir)
     assert (tmp_path / "file").read_text() == ""
 
 
 # ---- the data of a run ----------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["train_00000.npy", "val_00000.npy", "meta.json"])
-@pytest.mark.parametrize("how", ["gone", "half"])
-def test_data_that_vanished_or_shrank_gets_one_line_and_leaves_the_run(name, how, data, tmp_path, command):
-    own = tmp_path / "data"
-    shutil.copytree(data, own)
-    command(data_dir=own, out_dir=tmp_path / "out", max_steps=2)
-    before, path = snapshot(tmp_path / "out"), own / name
-    whole = path.read_bytes()
-    path.unlink()
-    if how == "half":
-        path.write_bytes(whole[:len(whole) // 2])
-    for settings in (dict(out_dir=tmp_path / "out", resume=True, max_steps=4),
-                     dict(data_dir=own, out_dir=tmp_path / "out", overwrite=True)):
-        code, err = command(**settings)
-        assert code == 1 and len(err) == 1 and str(own) in err[0], err
-    assert snapshot(tmp_path / "out") == before
-    path.write_bytes(whole)
-    assert command(out_dir=tmp_path / "out", resume=True, max_steps=4) == (0, [])
-
 
 def tamper(own, records, with_checksums):
     """One id of the training examples is another; perhaps by somebody who knows the checksums."""
@@ -395,29 +343,18 @@ def tamper(own, records, with_checksums):
 @pytest.mark.parametrize("change, message", [
     (lambda own, records: tamper(own, records, False), "train_00000.npy is damaged"),
     (lambda own, records: tamper(own, records, True), "is not the data that this run began with"),
-    (lambda own, records: prepared(own.parent, [*records[:-1], {**records[-1], "output": "none"}]),
+    (lambda own, records: prepared([*records[:-1], {**records[-1], "output": "none"}], own),
      "is not the data that this run began with")], ids=["tampered", "tampered with its checksums", "prepared anew"])
 def test_a_run_does_not_go_on_with_other_data(change, message, tmp_path, command):
     records = colour_records(40)
-    own = prepared(tmp_path, records)
+    own = prepared(records, tmp_path / "own")
     command(data_dir=own, out_dir=tmp_path / "out", max_steps=2)
     before = snapshot(tmp_path / "out")
     change(own, records)
-    code, err = command(out_dir=tmp_path / "out", resume=True, max_steps=4)
-    assert code == 1 and len(err) == 1 and message in err[0] and str(own) in err[0], err
+    assert re.search(f"{own}.*{message}", command(out_dir=tmp_path / "out", resume=True, max_steps=4))
     assert snapshot(tmp_path / "out") == before
-    prepared(tmp_path, records)  # as before: the same bytes
-    assert command(out_dir=tmp_path / "out", resume=True, max_steps=4) == (0, [])
-
-
-def test_the_order_of_an_epoch_is_made_once(monkeypatch):
-    made, real = [], np.random.default_rng
-    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or real(seed))
-    shards.order_of_epoch.cache_clear()
-    order = np.concatenate([shards.examples_of_step(step, 10, 3, seed=7) for step in range(4)])
-    assert made == [[7, 0]] and sorted(order) == list(range(10))
-    shards.examples_of_step(4, 10, 3, seed=7)
-    assert made == [[7, 0], [7, 1]]
+    prepared(records, own)  # as before: the same bytes
+    assert command(out_dir=tmp_path / "out", resume=True, max_steps=4) == ""
 
 
 # ---- nothing is overwritten by accident -----------------------------------------------------------------------------
@@ -430,10 +367,10 @@ def test_what_is_left_of_a_run_is_not_overwritten(kept, tmp_path, command):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / kept).write_bytes(b"precious")
     before = snapshot(tmp_path / "out")
-    code, err = command(out_dir=tmp_path / "out")
-    assert code == 1 and len(err) == 1 and "holds a run already" in err[0] and "--overwrite" in err[0]
-    assert ("--resume" in err[0]) == (kept == "ckpt.pt") and snapshot(tmp_path / "out") == before
-    assert command(out_dir=tmp_path / "out", overwrite=True) == (0, [])
+    error = command(out_dir=tmp_path / "out")
+    assert "holds a run already" in error and "--overwrite" in error and ("--resume" in error) == (kept == "ckpt.pt")
+    assert snapshot(tmp_path / "out") == before
+    assert command(out_dir=tmp_path / "out", overwrite=True) == ""
     assert step_of(tmp_path / "out") == 6 and steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6]
 
 
@@ -443,19 +380,20 @@ def test_what_is_left_of_a_run_is_not_overwritten(kept, tmp_path, command):
 def test_a_run_that_fails_before_its_first_step_leaves_the_old_one(settings, tmp_path, command):
     command(out_dir=tmp_path / "out", max_steps=2)
     before = snapshot(tmp_path / "out")
-    code, err = command(out_dir=tmp_path / "out", overwrite=True, **settings)
-    assert code == 1 and len(err) == 1, err
+    assert command(out_dir=tmp_path / "out", overwrite=True, **settings)
     assert snapshot(tmp_path / "out") == before
 
 
 def test_an_overwritten_run_leaves_nothing_behind(tmp_path, command):
-    command(out_dir=tmp_path / "out", max_steps=9)
-    (tmp_path / "out" / "ckpt.pt.123.tmp").write_bytes(b"half a checkpoint")
-    (tmp_path / "out" / "best" / "model.safetensors.123.tmp").write_bytes(b"half a model")
-    (tmp_path / "out" / "notes.txt").write_text("the user's own")
-    command(out_dir=tmp_path / "out", overwrite=True, max_steps=3)
-    assert steps(tmp_path / "out") == [1, 2, 3] and not leftovers(tmp_path / "out")
-    assert (tmp_path / "out" / "notes.txt").exists()
+    """But what is the user's own, or another run's."""
+    out_dir = tmp_path / "out"
+    command(out_dir=out_dir, max_steps=9)
+    (out_dir / "other").mkdir()
+    for name in ("ckpt.pt.123.tmp", "best/model.safetensors.123.tmp", "other/ckpt.pt.9.tmp", "notes.txt"):
+        (out_dir / name).write_bytes(b"half")
+    command(out_dir=out_dir, overwrite=True, max_steps=3)
+    assert steps(out_dir) == [1, 2, 3] and (out_dir / "notes.txt").exists()
+    assert leftovers(out_dir) == [out_dir / "other" / "ckpt.pt.9.tmp"]
 
 
 def test_of_two_runs_that_start_in_one_directory_the_later_is_refused(data, tmp_path, command, spawn):
@@ -464,12 +402,11 @@ def test_of_two_runs_that_start_in_one_directory_the_later_is_refused(data, tmp_
     command(out_dir=out_dir)
     job, before = slow_run(spawn, data, out_dir, "train.set_up", overwrite=True), snapshot(out_dir)
     for settings in (dict(), dict(overwrite=True), dict(resume=True)):
-        code, err = command(out_dir=out_dir, **settings)
-        assert code == 1 and len(err) == 1 and "another run writes there; name another, or wait for it" in err[0], err
+        assert "another run writes there; name another, or wait for it" in command(out_dir=out_dir, **settings)
     assert snapshot(out_dir) == before
     job.kill()  # nothing is left locked
     job.wait()
-    assert command(out_dir=out_dir, resume=True, max_steps=8) == (0, [])
+    assert command(out_dir=out_dir, resume=True, max_steps=8) == ""
 
 
 # ---- resume, from any step ------------------------------------------------------------------------------------------
@@ -510,7 +447,7 @@ def test_a_run_broken_off_at_every_step_equals_the_straight_one(kind, data, tmp_
             given = dict(resume=True)
         length = 0
         train.main(TrainConfig(resume=True, out_dir=str(out_dir)))
-        equal(tmp_path / "straight", out_dir)
+        assert_same_runs(tmp_path / "straight", out_dir)
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------

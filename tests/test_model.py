@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import colour_records, randomise, tiny
+from conftest import FAMILIES, colour_records, randomise, theirs, tiny
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,41 +18,45 @@ from nanosft.console import UserError
 from nanosft.shards import Shards, load_meta
 from nanosft.weights import SIZES
 
-
-def reference(**numbers):
-    config = transformers.GPT2Config(**numbers, bos_token_id=0, eos_token_id=0)
-    return randomise(transformers.GPT2LMHeadModel(config).eval())
-
-
-def assert_same_logits(ours, theirs):
-    idx = torch.randint(ours.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected, found = theirs(idx).logits, ours.eval()(idx)
-    assert (found - expected).abs().max() < 1e-4 * expected.std()
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_logits_equal_transformers_for_the_shape_of_every_size(size, tmp_path):
-    _, n_head, n_embd = SIZES[size]
-    theirs = reference(n_layer=2, n_head=n_head, n_embd=n_embd, vocab_size=2003)
-    theirs.save_pretrained(tmp_path)
-    assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
+ROPE_OF_LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                      original_max_position_embeddings=8192)
+CONFIGS = [(size, transformers.GPT2Config(n_head=n_head, n_embd=n_embd, n_layer=2, vocab_size=2003, resid_pdrop=0.0,
+                                          embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2))
+           for size, (_, n_head, n_embd) in SIZES.items()]
+CONFIGS += [(name, transformers.LlamaConfig(
+    num_attention_heads=n_head, num_key_value_heads=n_kv_head, hidden_size=n_embd, intermediate_size=n_inner,
+    num_hidden_layers=2, vocab_size=2003, max_position_embeddings=131072, **changes)) for name, (
+        n_head, n_kv_head, n_embd, n_inner), changes in (
+    ("Llama 3.2 1B", (32, 8, 2048, 8192), dict(rope_parameters=ROPE_OF_LLAMA3, tie_word_embeddings=True)),
+    ("Llama 3.2 3B", (24, 8, 3072, 8192), dict(rope_parameters=ROPE_OF_LLAMA3, tie_word_embeddings=True, head_dim=128)),
+    ("TinyLlama", (32, 4, 2048, 5632), dict(rms_norm_eps=1e-5, bos_token_id=7)),
+    ("SmolLM2", (9, 3, 576, 1536), dict(rope_parameters=dict(rope_type="default", rope_theta=100000.0),
+                                        tie_word_embeddings=True)),
+    ("wide heads", (4, 2, 96, 200), dict(rope_parameters=ROPE_OF_LLAMA3, head_dim=48, rms_norm_eps=1e-5)))]
 
 
-def test_full_size_gpt2_as_the_hub_has_it_and_back(tmp_path):
-    """The hub's own file: an old-format .bin, names without a prefix, and the causal masks among the weights."""
-    theirs = reference()
-    state = {name.removeprefix("transformer."): tensor for name, tensor in theirs.transformer.state_dict().items()}
-    for layer in range(12):
-        state[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 1024, 1024).tril()
-    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    ours = GPT.from_pretrained(tmp_path / "pytorch_model.bin")
-    assert_same_logits(ours, theirs)
-    assert ours.config.eos_token_id == 50256
-    ours.save_pretrained(tmp_path / "back")
-    assert_same_logits(ours, transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back").eval())
-    saved = load_file(tmp_path / "back" / "model.safetensors")
-    assert "lm_head.weight" not in saved and saved["transformer.wte.weight"].shape == (50257, 768)
+@pytest.mark.parametrize("config", [
+    pytest.param(config, id=name, marks=[pytest.mark.slow] if config.hidden_size > 1024 else [])
+    for name, config in CONFIGS])
+def test_logits_gradients_and_files_are_those_of_transformers(config, tmp_path):
+    """Two layers of each shape, and every value random."""
+    others = randomise(transformers.AutoModelForCausalLM.from_config(config).eval(), std=0.05)
+    others.save_pretrained(tmp_path / "theirs")
+    ours, (idx, targets) = GPT.from_pretrained(tmp_path / "theirs"), torch.randint(2003, (2, 2, 40))
+    expected = others(idx).logits
+    assert (ours(idx) - expected).abs().max() < 1e-4 * expected.std()
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten(), reduction="sum").backward()
+    ours(idx, targets).backward()
+    ours.save_pretrained(tmp_path / "gradients", {name: p.grad for name, p in ours.named_parameters()})
+    ours.save_pretrained(tmp_path / "ours")
+    saved, back, gradients = (load_file(tmp_path / name / "model.safetensors") for name in (
+        "theirs", "ours", "gradients"))
+    assert saved.keys() == back.keys() == gradients.keys() == dict(others.named_parameters()).keys()
+    for name, parameter in others.named_parameters():
+        assert torch.equal(saved[name], back[name]), name
+        assert (gradients[name] - parameter.grad).norm() < 1e-4 * parameter.grad.norm(), name
+    configs = [transformers.AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("theirs", "ours")]
+    assert {**configs[0], "_name_or_path": ""} == {**configs[1], "_name_or_path": ""}
 
 
 def test_a_fresh_model_begins_as_gpt2_did():
@@ -93,16 +97,16 @@ def assert_same_loss_and_gradients(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_packed_loss_and_gradients_equal_those_of_the_examples_one_by_one(dtype, tolerance):
-    model, (idx, targets, _) = tiny().to(dtype), packed_batch()
+def test_packed_loss_and_gradients_equal_those_of_the_examples_one_by_one(dtype, tolerance, family):
+    model, (idx, targets, _) = FAMILIES[family]().to(dtype), packed_batch()
     alone = [(one[None], target[None]) for one, target in zip(idx.split(LENGTHS), targets.split(LENGTHS), strict=True)]
     expected = loss_and_gradients(model, *alone)
     assert_same_loss_and_gradients(loss_and_gradients(model, packed_batch()), expected, tolerance)
 
 
 @pytest.mark.parametrize("changed, untouched", [(slice(0, 7), slice(7, 25)), (24, slice(0, 24)), (10, slice(0, 10))])
-def test_no_token_is_influenced_by_another_example_or_by_later_tokens(changed, untouched):
-    model, (idx, _, lengths) = tiny().eval(), packed_batch()
+def test_no_token_is_influenced_by_another_example_or_by_later_tokens(changed, untouched, family):
+    model, (idx, _, lengths) = FAMILIES[family]().eval(), packed_batch()
     before = model(idx, lengths=lengths)
     idx[changed] = (idx[changed] + 1) % 257
     after = model(idx, lengths=lengths)
@@ -126,10 +130,10 @@ def test_a_batch_without_supervised_targets_adds_nothing(dtype):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_the_loss_in_slices_and_gradient_checkpointing_change_nothing(reduction):
-    """In four slices of rows; with dropout, which is drawn again in backward."""
-    model, results = tiny(block_size=200, dropout=0.1).double(), []
-    idx = torch.randint(257, (8, 200), generator=torch.Generator().manual_seed(0))
+def test_the_loss_in_slices_and_gradient_checkpointing_change_nothing(reduction, family):
+    """In three slices of rows; with dropout, which is drawn again in backward."""
+    model, results = FAMILIES[family](block_size=192, dropout=0.1).double(), []
+    idx = torch.randint(257, (6, 192), generator=torch.Generator().manual_seed(0))
     for checkpointed in (False, True):
         model.gradient_checkpointing = checkpointed
         torch.manual_seed(0)
@@ -163,8 +167,9 @@ def test_bfloat16_resolves_logits_that_all_lie_far_from_zero():
         assert (gradients[name] - exact[1][name]).norm() < 0.05 * exact[1][name].norm(), name
 
 
-def test_attention_written_out_equals_the_fused_kernel():
-    q, k, v = torch.randn(3, 2, 4, 33, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+@pytest.mark.parametrize("T", [33, 500])  # in one piece, in several
+def test_attention_written_out_equals_the_fused_kernel(T):
+    q, k, v = torch.randn(3, 2, 4, T, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
     fused = model_module.attention(q, k, v, None, 0.0)
     written = model_module.attention(q.requires_grad_(), k, v, None, 0.0)
     assert 0 < (fused - written).norm() < 1e-2 * fused.norm()
@@ -180,8 +185,8 @@ def one_by_one(q, k, v, cu_seqlens, longest):
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [40], [32, 32]])
-def test_attention_without_a_grid_gives_the_same_loss_and_gradients(lengths, monkeypatch):
-    model, results = tiny(dropout=0.5).double().eval(), []
+def test_attention_without_a_grid_gives_the_same_loss_and_gradients(lengths, family, monkeypatch):
+    model, results = FAMILIES[family](dropout=0.5).double().eval(), []
     for varlen in (False, True):
         monkeypatch.setattr(model_module, "has_varlen_attention", lambda *_, varlen=varlen: varlen)
         monkeypatch.setattr(model_module, "varlen_attention", one_by_one)
@@ -192,8 +197,8 @@ def test_attention_without_a_grid_gives_the_same_loss_and_gradients(lengths, mon
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_attention_on_a_gpu_is_that_of_the_grid(monkeypatch):
-    model, results = tiny().cuda().bfloat16(), []
+def test_attention_on_a_gpu_is_that_of_the_grid(family, monkeypatch):
+    model, results = FAMILIES[family]().cuda().bfloat16(), []
     assert model_module.has_varlen_attention(model.wte.weight, 8)
     for varlen in (True, False):
         monkeypatch.setattr(model_module, "has_varlen_attention", lambda *_, varlen=varlen: varlen)
@@ -201,20 +206,20 @@ def test_attention_on_a_gpu_is_that_of_the_grid(monkeypatch):
     assert_same_loss_and_gradients(*results, 3e-2)
 
 
-def test_compiled_blocks_take_every_shape_in_one_graph(monkeypatch):
+def test_compiled_blocks_take_every_shape_in_one_graph(family, monkeypatch):
     """As on a GPU, by its fake kernels: nothing is compiled again, whatever the number and the lengths of examples, and
     the dtype of the gradients."""
     monkeypatch.setattr(model_module, "has_varlen_attention", lambda *_: True)
-    model = tiny(n_head=5, n_embd=40).to("meta").bfloat16()  # the first batch has 25 tokens: no other number is 25
+    model = FAMILIES[family](n_head=6, n_embd=48).to("meta").bfloat16()  # no batch has 48 tokens
     for block in model.h:
         block.compile(dynamic=True, fullgraph=True, backend="aot_eager")
-    stance, weight = "default", model.h[1].attn.c_attn.weight
+    stance, weight = "default", model.h[1].mlp.c_proj.weight
     for lengths, dtype in itertools.product((LENGTHS, [9, 3], [40]), (torch.bfloat16, torch.float32)):
         for parameter in model.parameters():
             parameter.grad, parameter.grad_dtype = None, dtype
         with torch.compiler.set_stance(stance):
             model(*torch.zeros(2, sum(lengths), dtype=torch.int64), lengths).backward()
-        assert weight.grad.shape == (120, 40) and weight.grad.dtype == dtype
+        assert weight.grad.shape == weight.shape and weight.grad.dtype == dtype
         stance = "fail_on_recompile"
 
 
@@ -259,11 +264,12 @@ PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [200, 100]]
 
 
 @pytest.fixture
-def varied():
+def varied(family):
     """A model whose greedy text is not one token for ever, which would hide cache and position faults."""
-    model = tiny(seed=5).eval()
+    model = FAMILIES[family](seed=5, std=0.1 if family == "gpt2" else 0.3).eval()
     with torch.no_grad():
-        model.wpe.weight *= 3
+        if model.wpe:
+            model.wpe.weight *= 3
     return model
 
 
@@ -278,8 +284,8 @@ def collect(model, prompts, new=45, **options):
 
 def test_greedy_is_the_same_with_cache_without_batched_and_in_transformers(varied, tmp_path):
     varied.save_pretrained(tmp_path)
-    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
-    theirs.generation_config.eos_token_id = None  # it would stop there, and never says that it did
+    others = theirs(tmp_path)
+    others.generation_config.eos_token_id = None  # it would stop there, and never says that it did
     batched = collect(varied, PROMPTS)
     assert all(len(set(row)) >= 20 for row in batched)
     for prompt, row in zip(PROMPTS, batched, strict=True):
@@ -288,7 +294,7 @@ def test_greedy_is_the_same_with_cache_without_batched_and_in_transformers(varie
         for _ in row:
             ids.append(int(varied(torch.tensor([ids]))[0, -1].argmax()))
         assert ids == prompt + row
-        ids = theirs.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=45,
+        ids = others.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=45,
                               do_sample=False, pad_token_id=0)
         assert ids[0].tolist() == prompt + row
 

@@ -1,10 +1,7 @@
 """prepare_data.py: what is learned from, exactly; the split, the formats, the shards."""
 import csv
-import functools
 import gzip
-import http.server
 import json
-import threading
 
 import jinja2
 import numpy as np
@@ -139,7 +136,7 @@ def jinja(wording, messages, unanswered=False):
         raise jinja2.TemplateError(message)
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(
         chat_template(wording), globals={"raise_exception": refuse})
-    return template.render(messages=messages, add_generation_prompt=unanswered).replace("<|endoftext|>", "⏹")
+    return template.render(messages=messages, add_generation_prompt=unanswered, eos_token="⏹", bos_token="⏵")
 
 
 def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
@@ -149,10 +146,11 @@ def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
 
     assert jinja(spec("chat"), CONVERSATION) == own({"messages": CONVERSATION}, spec("chat"))
     assert jinja(spec("chat"), CONVERSATION[:-1], True) == own({"messages": CONVERSATION}, spec("chat"), -1)
-    question = 'é🙂 "a"\\n'
+    question, bos = 'é🙂 "a"\\n', {**spec(), "bos_token": "⏵", "starts_with_bos": True}
     one = [{"role": "user", "content": question}, {"role": "assistant", "content": "b"}]
     for record, wording in (({"instruction": question, "output": "b"}, spec()),
                             ({"prompt": question, "completion": "b"}, spec()),
+                            ({"instruction": question, "output": "b"}, bos),
                             ({"q": question, "a": "b"}, spec("chat", '{q} "\n\\ 🙂 {q}:', "{a}"))):
         wording = as_rendered(record, wording)
         assert jinja(wording, one) == own(record, wording) and jinja(wording, one[:1]) == own(record, wording, -1)
@@ -168,7 +166,7 @@ def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
 def test_the_split_depends_on_the_prompt_alone_and_adding_records_moves_none(prepare):
     base = colour_records(300)
     again = [{**record, "output": record["output"].upper()} for record in base]
-    first, both = prepare(base), prepare(base + again, "both.jsonl")
+    first, both = prepare(base), prepare(base + again)
 
     def prompts(data):
         test = {json.loads(line)["instruction"] for line in (data / "test.jsonl").read_text().splitlines()}
@@ -210,9 +208,6 @@ COUNTED = {
     "duplicates": (colour_records(20) * 3, {}, 20, "40 dropped: exact duplicates"),
     "overlong": ([*colour_records(10), LONG], dict(template="alpaca", block_size=300), 10,
                  "1 dropped: longer than --block_size=300"),
-    "made equal by truncation": (
-        [{"prompt": "c" * 200 + f" {i}", "completion": "b"} for i in range(100)],
-        dict(block_size=100, overlong="truncate"), 1, "99 dropped: exact duplicates"),
     "no answer": ([{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "  "}], {}, 1,
                   "1 dropped: no answer, or empty"),
     "no question": ([{"instruction": "a", "output": "b"}, {"instruction": " ", "output": "b"}], {}, 1,
@@ -226,30 +221,6 @@ COUNTED = {
 def test_what_is_dropped_or_cut_is_counted(records, flags, left, line, prepare, capsys):
     data = prepare(records, **ALL, **flags)
     assert len(load(data)) == left and line in capsys.readouterr().out.splitlines()
-
-
-def test_truncation_cuts_the_longest_field_of_the_prompt_never_answer_or_stop(prepare, capsys):
-    flags = dict(**ALL, template="alpaca", overlong="truncate")
-    (ids, kinds), = load(prepare([LONG], block_size=300, **flags))
-    assert "1 truncated to --block_size=300" in capsys.readouterr().out
-    assert learned(ids, kinds) == "the answer⏹" and len(ids) <= 301
-    assert bytes(ids[:-1]).startswith(b"Below is an instruction") and "é" * 40 in bytes(ids[:-1]).decode()
-    # field after field, and between whole characters
-    record = {"instruction": "i" * 120, "input": "é漢" * 55, "output": "the answer"}
-    (ids, kinds), = load(prepare([record], block_size=330, **flags))
-    assert learned(ids, kinds) == "the answer⏹" and len(ids) <= 331 and b"i" * 100 in bytes(ids[:-1])
-    assert bytes(ids[:-1]).decode()
-    with pytest.raises(UserError, match="nothing to train on .*longer than --block_size=20"):
-        prepare([LONG], block_size=20, **flags)
-
-
-def test_a_prompt_that_is_shortened_stands_on_one_side_with_all_its_answers(prepare):
-    """Answers of different length shorten it differently."""
-    records = [{"instruction": f"Question {i}: " + "why " * 40, "output": "yes " * answer}
-               for i in range(40) for answer in (2, 9, 17)]
-    data = prepare(records, overlong="truncate", test_fraction=0.3, val_fraction=0)
-    held = [json.loads(line)["instruction"] for line in (data / "test.jsonl").read_text().splitlines()]
-    assert 0 < len(held) < 120 and all(held.count(prompt) == 3 for prompt in held)
 
 
 # ---- formats --------------------------------------------------------------------------------------------------------
@@ -300,20 +271,6 @@ def test_tables_keep_quoted_newlines_and_every_character(prepare, tmp_path, suff
     assert load_meta(data)["prompt"]["prompt_format"] == "{title}\n\tis:"
 
 
-def test_a_url_is_fetched_and_read_like_a_file(prepare, tmp_path):
-    (tmp_path / "a b.jsonl.gz").write_bytes(gzip.compress(b'{"instruction": "a", "output": "b"}\n'))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        data = prepare(f"{address}/a b.jsonl.gz?download=true", **ALL)
-        for url in f"{address}/none.jsonl", "http://127.0.0.1:1/a b.jsonl", "http://127.0.0.1:1/é.jsonl":
-            with pytest.raises(UserError, match="--input: cannot download .*; check the address and try again"):
-                prepare(url)
-        server.shutdown()
-    assert load_meta(data)["source"] == "a b.jsonl.gz" and learned(*load(data)[0]) == "b⏹"
-
-
 # ---- shards ---------------------------------------------------------------------------------------------------------
 
 def test_shards_hold_whole_examples_and_join_to_the_same_tokens(prepare):
@@ -360,7 +317,7 @@ def test_an_epoch_is_shuffled_once():
 def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prepare, tmp_path):
     one = prepare(colour_records())
     before = {path.name: path.read_bytes() for path in one.iterdir()}
-    prepare(colour_records()[:30], "fewer.jsonl", out_dir=str(one), shard_tokens=50)
+    prepare(colour_records()[:30], out_dir=str(one), shard_tokens=50)
     (tmp_path / "link").symlink_to(one)
     prepare(colour_records(), out_dir=str(tmp_path / "link"))
     assert (tmp_path / "link").is_symlink()
@@ -380,8 +337,8 @@ def test_files_that_come_while_preparing_stay(prepare, tmp_path, monkeypatch):
 
 
 def test_flags_out_of_range_are_all_named_at_once():
-    with pytest.raises(UserError, match=r"--val_fraction: 2.0 .*--template: 'x'.*--block_size: 0"):
-        PrepareConfig(val_fraction=2.0, template="x", block_size=0)
+    with pytest.raises(UserError, match=r"--val_fraction: 2.0 .*--template: 'x'.*--block_size: 1 is below 2"):
+        PrepareConfig(val_fraction=2.0, template="x", block_size=1)
     with pytest.raises(UserError, match="--test_fraction: 0.5 .*--val_fraction=0.5 leaves nothing to train on"):
         PrepareConfig(val_fraction=0.5, test_fraction=0.5)
 
@@ -391,7 +348,7 @@ def test_the_chapter_7_records(gpt2_encoding, tmp_path, capsys):
     source = str(SHARED / "data" / "instruction-data.json")
     meta = prepare_data.main(PrepareConfig(input=source, out_dir=str(tmp_path / "d")))
     assert sum(meta[split]["examples"] for split in ("train", "val", "test")) == 1100
-    assert meta["vocab_size"] == 50257 and meta["eot"] == 50256 and meta == load_meta(tmp_path / "d")
+    assert meta["vocab_size"] == 50257 and meta["stop"] == 50256 and meta == load_meta(tmp_path / "d")
     assert ">>>" in capsys.readouterr().out
     for ids, flags in load(tmp_path / "d"):
         assert ids.count(50256) == 1 and ids[-1] == 50256 and flags[-1] == SUPERVISED

@@ -1,5 +1,4 @@
 """Training on several processes: the numbers of one, shared out; started by torchrun as the README says."""
-import csv
 import os
 import signal
 import subprocess
@@ -7,7 +6,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, colour_records
+from conftest import ROOT, colour_records, masters, rows
 
 SMALL = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--device=cpu", "--dtype=float32", "--max_steps=7",
          "--eval_interval=3", "--batch_size=5", "--log_interval=1"]
@@ -42,18 +41,13 @@ def wait_for_checkpoint(job, out_dir):
         time.sleep(0.05)
 
 
-def rows(path):
-    with open(path / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def same(one, other):
     """Two runs have the same curves and weights, but for rounding."""
     a, b = rows(one), rows(other)
     assert [row["step"] for row in a] == [row["step"] for row in b]
     for name in ("train_loss", "val_loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens"):
         assert [float(row[name] or 0) for row in a] == pytest.approx([float(row[name] or 0) for row in b], rel=2e-5)
-    a, b = (torch.load(path / "ckpt.pt", weights_only=True)["tensors"]["masters"] for path in (one, other))
+    a, b = masters(one), masters(other)
     assert a.keys() == b.keys()
     for name, weight in a.items():
         assert (weight - b[name]).abs().max() < 2e-4, name

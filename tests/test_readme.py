@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, colour_records, tiny, write_lines
+from conftest import ROOT, chat_model, colour_records, tiny, write_lines
 
 import prepare_data
 import sample
@@ -34,12 +34,17 @@ def commands(page):
 
 @pytest.fixture
 def work(tmp_path, monkeypatch, gpt2_encoding):
-    """A directory with the files that the commands name, small ones, and a tiny GPT-2 in the hub's cache."""
-    folder = tmp_path / "hub" / "models--openai-community--gpt2"
-    model = tiny(vocab_size=50257, n_layer=1, n_embd=32, n_head=1, block_size=1024, eos_token_id=50256)
-    model.save_pretrained(folder / "snapshots" / "abc")
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("abc")
+    """A directory with the files that the commands name, small ones, and tiny models in the hub's cache."""
+    for name in ("openai-community--gpt2", "HuggingFaceTB--SmolLM2-135M-Instruct"):
+        snapshot = tmp_path / "hub" / f"models--{name}" / "snapshots" / "abc"
+        snapshot.mkdir(parents=True)
+        (snapshot.parent.parent / "refs").mkdir()
+        (snapshot.parent.parent / "refs" / "main").write_text("abc")
+        if "SmolLM2" in name:
+            chat_model(snapshot)
+        else:
+            tiny(vocab_size=50257, n_layer=1, n_embd=32, n_head=1, block_size=1024).save_pretrained(snapshot)
+            (snapshot / "tokenizer.json").write_text("GPT-2's")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo_by_hand.jsonl").write_bytes((ROOT / "data" / "demo_by_hand.jsonl").read_bytes())
     (tmp_path / "instruction-data.json").write_text(json.dumps(colour_records()))
@@ -65,7 +70,8 @@ def run_script(script, words):
     elif script == "sample.py" and config.file:
         assert Path("answers.jsonl").is_file()
     elif script == "sample.py" and config.export:
-        assert Path(config.export, "merges.txt").is_file()
+        assert Path(config.export, "tokenizer.json").read_text() == "GPT-2's"
+        assert Path(config.export, "chat_template.jinja").is_file()
 
 
 @pytest.mark.slow

@@ -152,8 +152,8 @@ def test_ids_are_those_of_tokenizers(tmp_path, steps, options):
 
 def test_ids_of_smollm2(tmp_path):
     if not (SMOLLM2 / "tokenizer.json").exists():
-        pytest.skip("needs SmolLM2-135M-Instruct: put it (or its tokenizer.json and tokenizer_config.json) in "
-                    f"{SMOLLM2}, or name its directory in NANOSFT_SMOLLM2")
+        pytest.skip(f"no SmolLM2 in {SMOLLM2}: hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir {SMOLLM2}, "
+                    "or name its directory in NANOSFT_SMOLLM2")
     tokenizer = assert_equal_ids(SMOLLM2 / "tokenizer.json", random_texts(20_000) + real_texts())
     assert (tokenizer.n_vocab, tokenizer.eot_token, tokenizer.bos_token) == (49152, 2, "<|im_start|>")
     assert tokenizer.encode_ordinary("Hello world 2024") == [19556, 905, 216, 34, 32, 34, 36]
@@ -264,6 +264,7 @@ BYTE_STEP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     ("model", {"continuing_subword_prefix": "##"}, "has continuing_subword_prefix=##" + TAKE),
     ("model", {"end_of_word_suffix": "</w>"}, "has end_of_word_suffix=</w>" + TAKE),
     ("model", {"merges": ["th e", "t h"]}, "has merges in another order than their ids" + TAKE),
+    ("model", {"vocab": {"a": 0, "b": 0}, "merges": []}, "or one id twice" + TAKE),
     ("", {"normalizer": {"type": "NFC"}}, "has a normalizer, NFC" + TAKE),
     ("", {"pre_tokenizer": None}, "has the pre-tokenizer .None" + TAKE),
     ("", {"pre_tokenizer": {"type": "Metaspace"}}, "has the pre-tokenizer .*Metaspace" + TAKE),

@@ -1,5 +1,4 @@
 """train.py: its numbers against transformers and torch, its steps, its clock, its checkpoints and its messages."""
-import csv
 import json
 import math
 import os
@@ -16,7 +15,21 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, colour_records, randomise, tiny, write_lines
+from conftest import (
+    ROOT,
+    assert_same_logits,
+    chat_model,
+    checkpoint,
+    colour_records,
+    column,
+    equal,
+    masters,
+    randomise,
+    rows,
+    theirs,
+    tiny,
+    write_lines,
+)
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -37,15 +50,6 @@ BASE = dict(n_layer=2, n_head=2, n_embd=32, device="cpu", dtype="float32", compi
             batch_size=4)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    prepare_data.main(prepare_data.PrepareConfig(
-        input=str(write_lines(path / "records.jsonl", colour_records(80))), out_dir=str(path / "prepared"),
-        encoding="bytes", template="chat", block_size=128, show=0))
-    return path / "prepared"
-
-
 @pytest.fixture
 def fit(data, tmp_path, monkeypatch):
     """fit(out, **flags) -> the RunState that train.main returns. No loss.png, which takes as long as all the rest;
@@ -58,33 +62,12 @@ def fit(data, tmp_path, monkeypatch):
     return run
 
 
-def checkpoint(out_dir):
-    return torch.load(out_dir / "ckpt.pt", weights_only=True)
-
-
-def masters(out_dir):
-    return checkpoint(out_dir)["tensors"]["masters"]
-
-
-def equal(state, other):
-    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
-
-
 def same_weights(out_dir, other):
     return equal(masters(out_dir), masters(other))
 
 
 def weights(directory):
     return dict(GPT.from_pretrained(directory).named_parameters())
-
-
-def rows(out_dir):
-    with open(out_dir / "log.csv", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def column(out_dir, name):
-    return [float(row[name]) for row in rows(out_dir) if row[name]]
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -181,25 +164,11 @@ def test_an_epochs_last_step_takes_what_is_left_and_is_normalised_by_its_own_tok
     assert column(out_dir, "train_loss")[1] == pytest.approx(math.log(257), rel=0.05)  # a mean, whatever the count
 
 
-def test_evaluation_depends_on_no_batch_size_and_needs_no_float64_on_the_device(data, monkeypatch):
-    shards, model, copies = Shards(data, load_meta(data), "train"), tiny(block_size=128), []
-    double = torch.Tensor.double
-
-    def cpu(tensor):
-        copies.append(tensor.clone())
-        return copies[-1]
-
-    def double_on_cpu(tensor):
-        assert any(tensor is copy for copy in copies), "a Mac has no float64"
-        return double(tensor)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "cpu", cpu)
-        patch.setattr(torch.Tensor, "double", double_on_cpu)
-        losses = [train.evaluate(model, shards, max_tokens) for max_tokens in (90, 270, 5000)]
-    total = 0
-    with torch.no_grad():
-        for idx, targets, _ in (shards.batch([i]) for i in range(len(shards))):
-            total += torch.nn.functional.cross_entropy(model(idx[None])[0], targets, reduction="sum").item()
+def test_evaluation_depends_on_no_batch_size(data):
+    shards, model = Shards(data, load_meta(data), "train"), tiny(block_size=128)
+    losses = [train.evaluate(model, shards, max_tokens) for max_tokens in (90, 270, 5000)]
+    batches = [shards.batch([i]) for i in range(len(shards))]
+    total = sum(model(*batch).item() for batch in batches)
     assert losses == pytest.approx([total / shards.supervised(range(len(shards)))] * 3, rel=1e-6) and model.training
 
 
@@ -442,6 +411,23 @@ def test_eight_examples_come_out_word_for_word(fit, tmp_path, data, capsys):
     assert all(record["response"] == record["output"] for record in answered)
 
 
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag(lora_rank, fit, prepare, tmp_path):
+    """Its tokenizer and chat template go along, so that transformers takes best/ and an export as they are."""
+    own = prepare(colour_records(60), model=chat_model(tmp_path / "base"), encoding="", template="", block_size=0)
+    meta = load_meta(own)
+    assert (meta["prompt"]["template"], meta["stop"], meta["block_size"]) == ("model", 2, 256)
+    fit(data_dir=str(own), lora_rank=lora_rank, learning_rate=1e-2)
+    asked = dict(model=str(tmp_path / "out"), device="cpu", dtype="float32", system="Be.")
+    loaded, = sample.load(sample.SampleConfig(**asked))
+    sample.main(sample.SampleConfig(export=str(tmp_path / "export"), **asked))
+    for path in tmp_path / "out" / "best", tmp_path / "export":
+        assert_same_logits(loaded.model, theirs(path))
+        tokenizer, chat = transformers.AutoTokenizer.from_pretrained(path), [("system", "Be."), ("user", "Say red.")]
+        assert loaded.prompt_ids([(role, {"content": text}) for role, text in chat]) == tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in chat], add_generation_prompt=True, return_dict=False)
+
+
 def test_a_copy_of_train_py_trains_from_any_directory_and_with_closed_streams(data, tmp_path):
     shutil.copytree(ROOT / "nanosft", tmp_path / "fork" / "nanosft")
     for name, copy in (("model.py", "model.py"), ("train.py", "my_train.py")):
@@ -517,7 +503,7 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
 
 
 def test_answers_in_training_stop_at_the_context_and_show_no_template(data, capsys):
-    samples = report.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"), count=5)
+    samples = report.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"), 256, count=5)
     samples.show(tiny(block_size=max(map(len, samples.prompts))), "here")
     assert capsys.readouterr().out.count("-> ''") == 5
     texts = [f"Below is a task.\n\n### Do:\nname {i}\n### Say:\n{i}<|endoftext|>" for i in range(20)]
@@ -538,12 +524,3 @@ def test_wandb_gets_the_usual_names_and_ends_no_run(fit, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match="--wandb: .*init.*pip install wandb"):
         fit(wandb=True, overwrite=True)
     assert len(rows(tmp_path / "out")) == 6  # nothing is cleared
-
-
-def test_the_unfinished_files_of_another_run_below_are_left_alone(fit, tmp_path):
-    other, own = tmp_path / "run" / "other" / "ckpt.pt.123.tmp", tmp_path / "run" / "ckpt.pt.99.tmp"
-    other.parent.mkdir(parents=True)
-    for path in (other, own):
-        path.write_bytes(b"half")
-    fit("run", max_steps=1)
-    assert other.exists() and not own.exists()

@@ -1,4 +1,4 @@
-"""Models as files: safetensors as the library has them, every layout of GPT-2 and of adapters, the hub's cache."""
+"""Models as files: safetensors as the library has them, every layout of a model and of adapters, the hub's cache."""
 import hashlib
 import http.server
 import json
@@ -8,35 +8,15 @@ import weakref
 import peft
 import pytest
 import torch
-import transformers
-from conftest import randomise, tiny
+from conftest import FAMILIES, assert_same_logits, logits, theirs, tiny, tiny_llama, with_lora
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 
 from model import GPT
-from nanosft import weights
 from nanosft.console import UserError
-from nanosft.weights import read_gpt2, read_safetensors, read_tensors, write_safetensors
-
-IDX = torch.arange(48)[None]
-
-
-def logits(model):
-    with torch.no_grad():
-        found = model.eval()(IDX)
-    return found if isinstance(found, torch.Tensor) else found.logits
-
-
-def assert_same_logits(ours, theirs, tolerance=1e-4):
-    expected = logits(theirs)
-    assert (logits(ours) - expected).abs().max() < tolerance * expected.std()
-
-
-def reference(n_layer=2, n_head=4, n_embd=32, vocab_size=257, n_positions=64, **changes):
-    """A GPT-2 of transformers with every value random."""
-    config = transformers.GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=vocab_size,
-                                     n_positions=n_positions, **{"bos_token_id": 256, "eos_token_id": 256, **changes})
-    return randomise(transformers.GPT2LMHeadModel(config).eval())
+from nanosft.hub import INDEX
+from nanosft.tensors import read_safetensors, read_tensors, write_safetensors
+from nanosft.weights import locate
 
 
 def with_config(path, model, change):
@@ -59,24 +39,6 @@ def test_safetensors_are_what_the_library_writes_and_reads(tmp_path):
             assert torch.equal(read[name], tensor) and read[name].dtype == tensor.dtype
 
 
-A = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-
-
-@pytest.mark.parametrize("header, data", [
-    (b"[1]", 8), ({"a": A}, 4), ({"a": A}, 9), ({"a": {**A, "shape": 2}}, 8), ({"a": 3}, 8),
-    ({"a": {**A, "shape": [3]}}, 8), ({"a": {**A, "shape": [-1, -2]}}, 8), ({"a": {**A, "dtype": "F33"}}, 8),
-    ({"a": {**A, "data_offsets": [-8, 0]}}, 8), ({"a": {**A, "data_offsets": [8, 16]}}, 16),
-    ({"a": {"dtype": "F32"}}, 8), ({"a": A, "b": {**A, "data_offsets": [4, 12]}}, 12),
-    ({"a": {**A, "shape": [0, 10**30], "data_offsets": [0, 0]}}, 0)])
-def test_a_false_safetensors_file_is_refused_in_one_line(header, data, tmp_path):
-    path, text = tmp_path / "weights.safetensors", header if isinstance(header, bytes) else json.dumps(header).encode()
-    for length in (len(text), 1 << 60):
-        path.write_bytes(length.to_bytes(8, "little") + text + bytes(data))
-        with pytest.raises(UserError, match="no valid safetensors file.*download or write it again") as caught:
-            list(read_safetensors(path))
-        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_tensors_that_were_taken_are_held_by_nobody_else(name, tmp_path):
     state, seen = {str(i): torch.randn(9) for i in range(5)}, []
@@ -89,40 +51,91 @@ def test_tensors_that_were_taken_are_held_by_nobody_else(name, tmp_path):
         assert all(earlier() is None for earlier in seen[:-1])
 
 
-# ---- GPT-2 ----------------------------------------------------------------------------------------------------------
+# ---- directories ----------------------------------------------------------------------------------------------------
 
-def test_both_names_and_the_tied_head_load(tmp_path):
-    theirs = reference(n_embd=128, n_head=2)
-    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
-    state["lm_head.weight"] = state["lm_head.weight"].clone()
-    save_file(state, tmp_path / "weights.safetensors")
-    assert_same_logits(GPT.from_pretrained(tmp_path / "weights.safetensors"), theirs)
-    state["lm_head.weight"][0, 0] += 1
-    save_file(state, tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match="output head differs"):
-        GPT.from_pretrained(tmp_path / "weights.safetensors")
+def test_an_old_file_of_the_hubs_loads(family, tmp_path):
+    """An old-format .bin, names without a prefix, causal masks or rotary frequencies among the weights; of GPT-2 the
+    head beside the embedding and no config.json."""
+    changes = dict(vocab_size=50257, block_size=1024, n_embd=128, n_head=2, eos_token_id=50256, bos_token_id=50256)
+    model = FAMILIES[family](**changes if family == "gpt2" else {})
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    if family == "gpt2":
+        (tmp_path / "config.json").unlink()
+        state["lm_head.weight"] = state["transformer.wte.weight"]
+        state |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 1024, 1024).tril() for layer in range(2)}
+    else:
+        state |= {f"layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(2)}
+    state = {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    old = GPT.from_pretrained(tmp_path)
+    assert torch.equal(logits(old), logits(model)) and old.config == model.config
+    if family == "gpt2":
+        torch.save(state | {"lm_head.weight": state["wte.weight"] + 1}, tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match="output head differs from the token embedding"):
+            GPT.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"n_layer": 3}, 'Missing.* "h.2.ln_1.weight"'), ({"n_embd": 64}, "size mismatch for wte.weight"),
-    ({"model_type": "llama"}, "model_type is 'llama'"), ({"activation_function": "relu"}, "activation_function"),
-    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"), ({"scale_attn_weights": False}, "scale_attn_weights"),
-    ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"), ({"tie_word_embeddings": False}, "tie_word"),
-    ({"n_head": 5}, "no multiple")])
-def test_a_config_that_does_not_match_is_refused_by_name(change, message, tmp_path):
-    with_config(tmp_path, tiny(), change)
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize("make, change, message", [
+    *((tiny, *row) for row in (
+        ({"n_layer": 3}, 'Missing.* "h.2.ln_1.weight"'), ({"n_embd": 64}, "size mismatch for wte.weight"),
+        ({"activation_function": "relu"}, "activation_function"), ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"), ({"tie_word_embeddings": False}, "tie_word"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"), ({"n_head": 5}, "no multiple"))),
+    *((tiny_llama, *row) for row in (
+        *(({"model_type": other}, f"model_type is '{other}'; only gpt2 and llama are supported: take a")
+          for other in ("qwen2", "gemma", "gpt_neox")),
+        ({"attention_bias": True}, "attention_bias is True; only llama's own False is supported: take another llama"),
+        ({"mlp_bias": True}, "mlp_bias is True"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only llama's own"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; only default and llama3 are"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type is 'linear'"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_theta or rope_scaling is no number"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; download or write it again"),
+        ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"), ({"rms_norm_eps": "x"}, "rms_norm_eps"),
+        ({"num_hidden_layers": 3}, 'Missing.* "h.2.ln_1.weight"'), ({"head_dim": 8}, "size mismatch for h.0.attn.c_q"),
+        ({"tie_word_embeddings": True}, "output head differs from the token embedding")))])
+def test_a_config_that_does_not_match_is_refused_by_name(make, change, message, tmp_path):
+    with_config(tmp_path, make(), change)
+    with pytest.raises(UserError, match=message) as caught:
         GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def in_several_files(model, path):
+    """transformers' model of ours, saved at this path in files of 30 KB."""
+    model.save_pretrained(path)
+    others = theirs(path)
+    (path / "model.safetensors").unlink()
+    others.save_pretrained(path, max_shard_size="30KB")
+    assert len(list(path.glob("*.safetensors"))) > 3
+    return others
+
+
+def test_several_files_with_an_index_are_one_model(family, tmp_path):
+    model = FAMILIES[family]()
+    assert_same_logits(model, in_several_files(model, tmp_path / "several"))
+    assert torch.equal(logits(tmp_path / "several"), logits(model))
+    several = sorted(tmp_path.glob("several/*.safetensors"))
+    index = json.loads((tmp_path / "several" / INDEX).read_text())
+    several[1].unlink()
+    with pytest.raises(OSError, match=f"No such file or directory: .*{several[1].name}"):
+        GPT.from_pretrained(tmp_path / "several")
+    for name in "../one/model.safetensors", "/etc/passwd", 3, ["a"]:
+        index["weight_map"]["lm_head.weight"] = name
+        (tmp_path / "several" / INDEX).write_text(json.dumps(index))
+        with pytest.raises((UserError, OSError), match="index.json names no files; download or write it again|file.*3"):
+            GPT.from_pretrained(tmp_path / "several" / INDEX)
 
 
 @pytest.mark.parametrize("given, vocab_size, expected", [(7, 257, 7), (None, 257, 256), (50256, 50304, 50256),
-                                                         (None, 50304, 50256), ([3, 4], 257, 256), (999, 257, 256)])
+                                                         (None, 50304, 50256), ([3, 4], 257, 3), (999, 257, 256)])
 def test_end_of_text_is_config_jsons_or_gpt2s_own(given, vocab_size, expected, tmp_path):
     with_config(tmp_path, tiny(vocab_size=vocab_size), {"eos_token_id": given})
     model = GPT.from_pretrained(tmp_path)
     model.save_pretrained(tmp_path / "back")
     saved = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert model.config.eos_token_id == saved["eos_token_id"] == saved["bos_token_id"] == expected
+    assert model.config.eos_token_id == saved["eos_token_id"] == expected and saved["bos_token_id"] == 256
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -146,126 +159,161 @@ def test_a_checkpoint_of_nanogpt_loads(bias, tmp_path):
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
 
+COMMIT = "0123456789" * 4
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A local hub with the real one's paths, redirect and headers. hub.fault: '' | 'cut' | 'corrupt' | 'gone'."""
-    tiny(vocab_size=50257, n_embd=64, n_head=1).save_pretrained(tmp_path / "remote")
-    content = (tmp_path / "remote" / "model.safetensors").read_bytes()
+    """A local hub with the real one's paths, redirects and headers, whose repositories all hold what is in hub.remote.
+    Those of `gated` are for the token `right`, those of `moved` now are of `gated`. hub.fault: a file and what is wrong
+    with it: cut | corrupt | gone | untold."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_HEAD(self):
-            self.server.requests.append(f"{self.command} {self.path}")
-            status, headers = 200, {"Content-Length": len(content)}
-            if not self.path.startswith("/storage"):
-                status, headers = 302, {"Location": f"http://127.0.0.1:{self.server.server_port}/storage",
-                                        "Content-Length": 0, "X-Repo-Commit": "0123456789" * 4,
-                                        "X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"'}
-            if self.server.fault == "gone":
-                status, headers = 404, {"Content-Length": 0}
+            server.requests.append(f"{self.command} {self.path}")
+            owner, file = self.path.split("/")[1], server.remote / self.path.split("/")[-1]
+            token, fault = self.headers["Authorization"], server.fault.removeprefix(f"{file.name} ")
+            content = file.read_bytes() if file.is_file() and fault != "gone" else b""
+            sha256, sha1 = (hashlib.new(kind, start + content).hexdigest() for kind, start in (
+                ("sha256", b""), ("sha1", b"blob %d\0" % len(content))))
+            status, headers = 200, {"X-Repo-Commit": COMMIT, "ETag": f'"{sha1}"'}
+            if owner == "storage":  # another host, which must not see the token
+                status = 400 if token else 200
+            elif owner == "moved":
+                status, headers = 307, {"Location": self.path.replace("moved", "gated")}
+            elif owner == "gated" and token != "Bearer right":
+                status = 403 if token else 401
+            elif not content:
+                status = 404
+            elif file.suffix == ".safetensors":
+                scheme = "" if owner == "gated" else "http:"
+                status, headers["Location"] = 302, f"{scheme}//localhost:{server.server_port}/storage/{file.name}"
+                headers |= {"ETag": "of storage", "X-Linked-Etag": f'"{sha256}"'}
+            if fault == "untold":
+                del headers["X-Repo-Commit"]
             self.send_response(status)
-            for name, value in headers.items():
+            for name, value in {**headers, "Content-Length": len(content) if status == 200 else 0}.items():
                 self.send_header(name, str(value))
             self.end_headers()
+            if self.command == "GET" and status == 200:
+                self.wfile.write({"cut": content[:-9], "corrupt": content[:-1] + b"x"}.get(fault, content))
 
-        def do_GET(self):
-            self.do_HEAD()
-            if self.path.startswith("/storage"):
-                broken = {"cut": content[:1000], "corrupt": content[:-1] + b"x"}
-                self.wfile.write(broken.get(self.server.fault, content))
+        do_GET = do_HEAD
 
         def log_message(self, *args):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.fault, server.requests, server.cache = "", [], tmp_path / "cache"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.fault, server.requests, server.cache, server.remote = "", [], tmp_path / "hf" / "hub", tmp_path / "remote"
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("HF_HUB_CACHE", str(server.cache))
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    tiny(vocab_size=50257, n_embd=64, n_head=1).save_pretrained(server.remote)
     yield server
     server.shutdown()
     server.server_close()
 
 
-def test_weights_are_downloaded_once_into_the_usual_cache(hub, tmp_path):
-    state, numbers = read_gpt2(weights.locate("gpt2"))
-    assert torch.equal(state["wte.weight"], GPT.from_pretrained(tmp_path / "remote").wte.weight)
-    assert numbers["n_embd"] == 64 and numbers["n_head"] == 1 and hub.requests[-1] == "GET /storage"
+def test_a_model_is_downloaded_once_into_the_usual_cache(hub):
+    state, path = logits(hub.remote), locate("gpt2")
     asked, repository = list(hub.requests), hub.cache / "models--openai-community--gpt2"
-    assert weights.locate("gpt2").name == "model.safetensors" and hub.requests == asked
-    assert try_to_load_from_cache("openai-community/gpt2", "model.safetensors", cache_dir=hub.cache)
-    content = weights.locate("gpt2").read_bytes()
-    weights.locate("gpt2").resolve().write_bytes(content[:99])  # a blob that was cut short is fetched anew
+    assert path == repository / "snapshots" / COMMIT / "model.safetensors" and asked[-1].startswith("GET /storage")
+    assert torch.equal(logits("gpt2"), state) and hub.requests == asked
+    assert try_to_load_from_cache("openai-community/gpt2", "model.safetensors", cache_dir=hub.cache) == str(path)
+    content = path.read_bytes()
+    path.resolve().write_bytes(content[:99])  # a blob that was cut short is fetched anew
     (repository / "refs" / "main").unlink()
-    assert weights.locate("gpt2").read_bytes() == content and len(hub.requests) > len(asked)
+    assert locate("gpt2").read_bytes() == content and len(hub.requests) > len(asked)
     asked = list(hub.requests)
     repository.rename(hub.cache / "models--gpt2")  # the repository's former name
-    assert weights.locate("gpt2").read_bytes() == content and hub.requests == asked
+    assert locate("gpt2").read_bytes() == content and hub.requests == asked
 
 
-@pytest.mark.parametrize("fault", ["cut", "corrupt", "gone", "offline"])
-def test_a_broken_download_leaves_nothing_and_says_what_to_do(fault, hub, monkeypatch):
-    hub.fault, message = fault, "download of openai-community/gpt2 failed.*try again, or name the path of a copy"
+@pytest.mark.parametrize("name", ["gated/llama", "moved/llama"])
+def test_a_gated_model_in_several_files_comes_with_its_tokenizer_for_the_right_token(name, hub, monkeypatch):
+    (hub.remote / "model.safetensors").unlink()
+    model = in_several_files(tiny_llama(), hub.remote)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (hub.remote / file).write_text(file)
+    remedy = "then set HF_TOKEN to a token of your account that may read it"
+    with pytest.raises(UserError, match=rf"the hub refuses {name} \(401\): check the name; .*licence there; {remedy}"):
+        locate(name)
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    with pytest.raises(UserError, match=rf"the hub refuses {name} \(403\): .*{remedy}"):
+        locate(name)
+    if name == "gated/llama":
+        monkeypatch.setenv("HF_TOKEN", "right")
+    else:
+        monkeypatch.delenv("HF_TOKEN")
+        hub.cache.parent.mkdir()
+        (hub.cache.parent / "token").write_text("right\n")
+    assert locate(name).name == INDEX
+    assert_same_logits(GPT.from_pretrained(name), model)
+    assert {path.name: path.read_bytes() for path in locate(name).parent.iterdir()} == {
+        path.name: path.read_bytes() for path in hub.remote.iterdir()}
+
+
+@pytest.mark.parametrize("fault, message", [
+    *((f"{file} {fault}", "download of openai-community/gpt2 failed.*check the network and try again, or name the path")
+      for file in ("config.json", "model.safetensors") for fault in ("cut", "corrupt", "untold")),
+    ("config.json gone", "the hub has no model openai-community/gpt2 with a config.json; check the name"),
+    ("model.safetensors gone", "openai-community/gpt2 has no model.safetensors: take another copy of it"),
+    ("offline", "openai-community/gpt2 is not in .* and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")])
+def test_a_broken_download_leaves_no_weights_and_says_what_to_do(fault, message, hub, monkeypatch):
+    hub.fault = fault
     if fault == "offline":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        message = "openai-community/gpt2 is not in .* and HF_HUB_OFFLINE is set; unset it, or name the path of a copy"
     with pytest.raises(UserError, match=message):
-        weights.locate("gpt2")
-    assert not [path for path in hub.cache.rglob("*") if path.is_file()]
+        locate("gpt2")
+    assert not [path for path in hub.cache.rglob("*") if path.is_file() and path.stat().st_size > 5000]
     hub.fault = ""
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert weights.locate("gpt2").is_file()
+    assert torch.equal(logits("gpt2"), logits(hub.remote))
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc", "attn.c_proj"], "llama": [
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+
+
 @pytest.fixture
-def base(tmp_path):
-    tiny().save_pretrained(tmp_path / "base")
+def base(family, tmp_path):
+    FAMILIES[family]().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
-def lora_model(base, targets=("c_attn", "c_proj", "c_fc"), seed=3):
-    """The base with a LoRA update with every value random."""
-    model, generator = base.add_lora(4, 6.0, 0.0, targets), torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    return model.eval()
-
-
-@pytest.mark.parametrize("targets", [("c_attn", "c_proj", "c_fc"), ("c_attn",), ("attn.c_proj",)])
-def test_our_adapter_gives_the_same_logits_in_peft(base, tmp_path, targets):
-    model = lora_model(GPT.from_pretrained(base), targets)
+@pytest.mark.parametrize("part", [slice(None), slice(1), slice(3, None)])
+def test_our_adapter_gives_the_same_logits_in_peft(part, family, base, tmp_path):
+    model = with_lora(GPT.from_pretrained(base), TARGETS[family][part])
     model.save_adapter(tmp_path / "adapter", str(base))
-    assert_same_logits(model, peft.PeftModel.from_pretrained(
-        transformers.GPT2LMHeadModel.from_pretrained(base), tmp_path / "adapter"))
-    assert torch.equal(logits(GPT.from_pretrained(tmp_path / "adapter")), logits(model))
-    assert set(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == {
-        f"base_model.model.transformer.{name}.weight" for name, _ in model.named_parameters() if "lora" in name}
+    assert_same_logits(model, peft.PeftModel.from_pretrained(theirs(base), tmp_path / "adapter"))
+    assert torch.equal(logits(tmp_path / "adapter"), logits(model))
 
 
 def peft_model(base, **options):
-    config = dict(r=4, lora_alpha=6, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True,
-                  task_type="CAUSAL_LM")
-    return peft.get_peft_model(transformers.GPT2LMHeadModel.from_pretrained(base),
-                               peft.LoraConfig(**{**config, **options}))
+    config = dict(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+    return peft.get_peft_model(theirs(base), peft.LoraConfig(**{**config, **options}))
 
 
-def test_an_adapter_made_by_peft_loads_here(base, tmp_path):
-    theirs = peft_model(base)
-    for name, parameter in theirs.named_parameters():
+@pytest.mark.parametrize("part", [slice(None), slice(1, None, 2)])
+def test_an_adapter_made_by_peft_loads_here(part, family, base, tmp_path):
+    others = peft_model(base, target_modules=TARGETS[family][part])
+    for name, parameter in others.named_parameters():
         if "lora" in name:
             parameter.data.normal_(std=0.1)
-    theirs.save_pretrained(tmp_path / "adapter")
-    assert_same_logits(GPT.from_pretrained(tmp_path / "adapter"), theirs)
+    others.save_pretrained(tmp_path / "adapter")
+    assert_same_logits(GPT.from_pretrained(tmp_path / "adapter"), others)
 
 
 @pytest.mark.parametrize("options, name", [
     (dict(use_rslora=True), "use_rslora=True"), (dict(use_dora=True), "use_dora=True"),
     (dict(bias="all"), "bias='all'"), (dict(modules_to_save=["wte"]), "modules_to_save"),
     (dict(rank_pattern={"c_attn": 2}), "rank_pattern")])
-def test_options_of_pefts_that_we_do_not_have_are_refused_by_name(options, name, base, tmp_path):
-    peft_model(base, **options).save_pretrained(tmp_path / "adapter")
+def test_options_of_pefts_that_we_do_not_have_are_refused_by_name(options, name, tmp_path):
+    tiny().save_pretrained(tmp_path / "base")
+    peft_model(tmp_path / "base", **options).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=f"the adapter's option {name}"):
         GPT.from_pretrained(tmp_path / "adapter")
