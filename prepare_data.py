@@ -109,10 +109,11 @@ def tokens_of(config):
     """(encoding, spec, directory, context): how text becomes tokens, by the flags or as the model that --model names
     has it; the directory with the model's tokenizer, or ''; its context in tokens."""
     directory, context, template = "", 1024, "alpaca"
-    encoding = get_encoding(config.encoding or ("gpt2" if config.input else "bytes"))
+    name = config.encoding or ("gpt2" if config.input else "bytes")
     if not config.input:
         template = "chat"
     if config.model:
+        name = "gpt2"
         path = locate(config.model)
         directory = path.parent
         if path.name == "adapter_config.json":
@@ -120,7 +121,7 @@ def tokens_of(config):
         family, values = read_config(path.parent / "config.json")
         context = values["block_size"]
         if (directory / "tokenizer.json").is_file():
-            encoding = get_encoding("tokenizer.json", directory)
+            name = "tokenizer.json"
         elif family != "gpt2":
             raise UserError(f"--model={config.model} has no tokenizer.json; put the model's beside its weights")
         if read_chat_template(directory):
@@ -128,7 +129,7 @@ def tokens_of(config):
     spec = {"template": config.template or template}
     for field in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
         spec[field] = getattr(config, field).replace("\\n", "\n").replace("\\t", "\t")
-    return encoding, spec, directory, context
+    return get_encoding(name, directory), spec, directory, context
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
@@ -294,10 +295,12 @@ def print_report(meta, report, out_dir):
     if not meta["val"]["examples"]:
         print("warning: the validation split is empty; train.py then keeps the last weights, not the best "
               "(--val_fraction, or more records)")
-    template = "your formats" if meta["prompt"]["response_format"] else f"{meta['prompt']['template']} template"
+    template = f"{meta['prompt']['template']} template"
+    if meta["prompt"]["response_format"] and template != "model template":
+        template = "your formats"
     flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
     command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
-    print(f"wrote {out_dir} ({meta['encoding']} encoding, {template}); next: {command}")
+    print(f"wrote {out_dir} ({meta['model'] or meta['encoding'] + ' encoding'}, {template}); next: {command}")
 
 
 def main(config):

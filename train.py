@@ -164,6 +164,21 @@ def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
     return peak + (min_lr - peak) * progress
 
 
+def tokens_at_once(config, device, longest, n_embd):
+    """How many tokens a micro-batch may have, rows times the longest. A CPU is busy with a few hundred wide ones; more
+    save time only where the gradients of all weights are added up for each micro-batch."""
+    if config.micro_batch_tokens:
+        if config.micro_batch_tokens < longest:
+            raise UserError(f"--micro_batch_tokens={config.micro_batch_tokens} is below the longest example, {longest} "
+                            "tokens: raise it")
+        return config.micro_batch_tokens
+    most = 16384
+    if device.type == "cpu":
+        most = min(1024, (1 << 20) // n_embd) if config.lora_rank else 2048
+        most = min(most, config.batch_size * longest)
+    return max(most, longest)
+
+
 # ---- set-up ---------------------------------------------------------------------------------------------------------
 
 def build_model(config, meta, checkpoint, dtype):
@@ -227,7 +242,7 @@ def resume(config, out_dir):
     values, tensors = load_checkpoint(out_dir / "ckpt.pt")
     with undamaged(out_dir / "ckpt.pt"):
         saved = TrainConfig(**values["config"])
-    changes, fixed = {"resume": True, "overwrite": False}, []
+    changes, fixed = {"resume": True, "overwrite": False, "out_dir": config.out_dir}, []
     for name, value in dataclasses.asdict(config).items():
         before = getattr(saved, name)
         moved_base = name == "init_from" and saved.lora_rank  # its hash decides
@@ -376,17 +391,10 @@ def set_up(config, device):
                         f"or start a new run with --init_from={config.out_dir}")
     torch.manual_seed(config.seed)
     data, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
-    longest = int(data.lengths.max())
-    # a CPU is busy with 1,024 tokens, but to add up the gradients of all weights takes time; a step may hold less
-    max_tokens = 16384
-    if device.type == "cpu":
-        max_tokens = min(1024 if config.lora_rank else 2048, config.batch_size * longest)
-    max_tokens = config.micro_batch_tokens or max(max_tokens, longest)
-    if max_tokens < longest:
-        raise UserError(f"--micro_batch_tokens={max_tokens} is below the longest example, {longest} tokens: raise it")
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
     model, base = build_model(config, meta, values, dtype)
     model.gradient_checkpointing = config.gradient_checkpointing
+    max_tokens = tokens_at_once(config, device, int(data.lengths.max()), model.config.n_embd)
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
                                      weight_decay=config.weight_decay, low_memory=config.low_memory))
     from_scratch = base["name"] == "scratch"

@@ -13,7 +13,6 @@ import pytest
 if workers := os.getenv("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the scripts that they start
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, os.cpu_count() // int(workers))))
 import torch  # noqa: E402
-import transformers  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -21,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 if (SHARED / "tiktoken").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken"))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import transformers  # noqa: E402
 
 import prepare_data  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
@@ -124,8 +125,10 @@ def prepared(source, out_dir, **flags):
 
 @pytest.fixture
 def prepare(tmp_path):
-    """prepare(records, **flags) -> data_dir, a new one each time."""
-    return lambda source, **flags: prepared(source, tmp_path / f"data-{len(list(tmp_path.iterdir()))}", **flags)
+    """prepare(records, **flags) -> data_dir, a new one each time that out_dir does not name one."""
+    def prepare_anew(source, out_dir=None, **flags):
+        return prepared(source, out_dir or tmp_path / f"data-{len(list(tmp_path.iterdir()))}", **flags)
+    return prepare_anew
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,8 @@ MUTATIONS = {
     "stop not supervised": ('''return [*segments, (EOT, True)]''', '''return [*segments, (EOT, False)]'''),
     "stop of alpaca not supervised": ('''[(answer, True), (EOT, True)]''', '''[(answer, True), (EOT, False)]'''),
     "prompt supervised": ('''(f"{role}\\n{content}", False)''', '''(f"{role}\\n{content}", True)'''),
-    "special text encoded as special": ('''encoding.encode_ordinary(text) for text, _ in segments''', '''encoding.encode(text, allowed_special="all") for text, _ in segments'''),
+    "special text encoded as special": ('''encoding.encode_ordinary(segment[0])''', '''encoding.encode(segment[0], allowed_special="all")'''),
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
-    "stop cut by truncation": ('''            if len(ids) > max_tokens and not is_text:''', '''            ids, flags = (ids, flags) if is_text else (ids[:max_tokens], flags[:max_tokens])\n            if len(ids) > max_tokens and not is_text:'''),
     "checksum of a shard not verified": ('''or crc32_of(path) != checksum:''', '''or not crc32_of(path):'''),
     "checksum of meta.json not verified": ('''meta.get("checksum") == checksum_of(meta)''', '''bool(checksum_of(meta))'''),
     "partial last step dropped": ('''divmod(step, math.ceil(n_examples / batch_size))''', '''divmod(step, max(1, n_examples // batch_size))'''),
@@ -39,6 +38,13 @@ MUTATIONS = {
     "cached position one late": ('''position = lengths.clamp(max=''', '''position = (lengths + 1).clamp(max='''),
     "padding seen while generating": ('''<= position[:, None]''', '''<= position.max()'''),
     "padded vocabulary drawn": ('''self.logits(x)[:, :n_vocab]''', '''self.logits(x)'''),
+    "rotary positions not scaled": ('''speeds * (kept + (1 - kept) / scaling["factor"])''', '''speeds'''),
+    "gate and value swapped": ('''F.silu(self.c_gate(x)) * self.c_fc(x)''', '''F.silu(self.c_fc(x)) * self.c_gate(x)'''),
+    "keys shared by the wrong queries": ('''q = q.reshape(B, n_kv_head, -1, D)''', '''q = q.view(B, -1, n_kv_head, D).transpose(1, 2)'''),
+    # files
+    "token sent to another host": ('''made.add_unredirected_header''', '''made.add_header'''),
+    "damaged download kept": ('''        if hash_of(blob, digest) != digest:\n            blob''', '''        if False:\n            blob'''),
+    "tokenizer left behind": ('''    copy_tokenizer(run.tokenizer, directory, run.spec)''', '''    pass'''),
     # optimizer
     "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)\n        self.masters = {name: p.detach()'''),
     "weights follow no master": ('''weight.copy_(master)''', '''pass'''),
@@ -69,15 +75,15 @@ MUTATIONS = {
     "weights saved in 16 bits": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach() for n, p in run.state.optimizer.parameters.items()}'''),
     "resume repeats a step": ('''    save_checkpoint(Path(run''', '''    state["step"] -= 1\n    save_checkpoint(Path(run'''),
     "resume with other data": ('''if values and values["data"] != meta["checksum"]:''', '''if False:'''),
-    "end-of-text the last id of the vocabulary": ('''model.config.eos_token_id = meta["eot"]''', '''model.config.eos_token_id = model.config.vocab_size - 1'''),
+    "end-of-text the last id of the vocabulary": ('''model.config.eos_token_id = meta["stop"]''', '''model.config.eos_token_id = model.config.vocab_size - 1'''),
     "evaluation runs compiled": ('''torch.compiler.set_stance("force_eager")''', '''torch.compiler.set_stance("default")'''),
     "gradients left by the warm-up": ('''            run.state.optimizer.zero_grad()''', '''            pass'''),
     "two runs in one directory": ('''            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)''', '''            pass'''),
     "losses of three digits": ('''f"{value:.8g}"''', '''f"{value:.3g}"'''),
     # sampling
-    "an adapter over any base": ('''sha256_of(weights) != spec["base_sha256"]''', '''sha256_of(weights) == ""'''),
+    "an adapter over any base": ('''sha256_of(*weight_files(weights)) != spec["base_sha256"]''', '''sha256_of(*weight_files(weights)) == ""'''),
     "export rounds": ('''pick_dtype("float32" if config.export else config.dtype, device)''', '''pick_dtype(config.dtype, device)'''),
-    "label's stop not scored": ('''encode_ordinary(label) + [loaded.encoding.eot_token]''', '''encode_ordinary(label)'''),
+    "label's stop not scored": ('''encode_ordinary(label) + [loaded.stop]''', '''encode_ordinary(label)'''),
     "characters broken while streaming": ('''codecs.getincrementaldecoder("utf-8")(errors="replace")''', '''type("D", (), {"decode": lambda s, b, final=0: b.decode(errors="replace")})()'''),
     "a bug hidden from its owner": ('''except (UserError, OSError) as error:''', '''except Exception as error:'''),
 }
@@ -88,7 +94,7 @@ TESTS = {"prepare_data.py": ["prepare_data"], "model.py": ["model", "lora", "tra
          "distributed.py": ["processes"], "files.py": ["kill"], "flags.py": ["train", "bad_input"],
          "optimizer.py": ["optimizer", "train"], "records.py": ["prepare_data"], "report.py": ["train"],
          "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
-         "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}
+         "hub.py": ["weights"], "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}
 
 
 def where(name):

@@ -12,9 +12,9 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import colour_records, tiny, write_lines
@@ -101,9 +101,29 @@ def evil(save, name):
     return change
 
 
-def cases(table):
-    """A table's rows for parametrize; its first column is the name."""
-    return [pytest.param(*row[1:], id=row[0]) for row in table]
+def prepared(path, out_dir, **flags):
+    return prepare_data.main(PrepareConfig(**{**dict(input=str(path), out_dir=str(out_dir), encoding="bytes", show=0,
+                                                     val_fraction=0, test_fraction=0, template="chat"), **flags}))
+
+
+def training(data_dir, out_dir):
+    return train.main(TrainConfig(data_dir=str(data_dir), out_dir=str(out_dir), n_layer=1, n_head=1, n_embd=8,
+                                  device="cpu", dtype="float32", max_steps=1))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A directory with data, a run on them, a model with its wording, and an adapter over it."""
+    path = tmp_path_factory.mktemp("work")
+    prepared(write_lines(path / "a.jsonl", colour_records(40)), path / "data", val_fraction=0.2, block_size=128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.report, "plot", lambda out_dir: None)  # which takes seconds
+        training(path / "data", path / "out")
+    tiny(n_layer=1, n_embd=8, n_head=2, block_size=512).save_pretrained(path / "model")
+    (path / "model" / "prompt.json").write_text(json.dumps(dict(template="chat", prompt_format="", response_format="",
+                                                                encoding="bytes")))
+    GPT.from_pretrained(path / "model").add_lora(4, 8.0, 0.0, ["c_attn"]).save_adapter(path / "adapter", "model")
+    return path
 
 
 def test_the_evil_pickle_would_run_code(tmp_path, monkeypatch):
@@ -141,16 +161,12 @@ RECORDS = [
     ("open.json", f"[{ONE}", "^open.json, line 2, column 1: not valid JSON .*expected a list of records$"),
     ("pretty.json", '{\n"instruction": "a"\n}', "^pretty.json, line 1, column .*expected one record a line$"),
     ("cut.jsonl", ONE + ONE[:20], "^cut.jsonl, line 2, column .*not valid JSON .*expected one record a line$"),
-    ("two.jsonl", ONE + '{"text": "a"} {"text": "b"}', "line 2, column 15: not valid JSON .Extra data"),
-    ("quotes.jsonl", "{'text': 'a'}", "line 1, column 2: not valid JSON .*double quotes"),
     ("empty.json", "", "^--input: empty.json leaves nothing to train on .it is empty.$"),
     *((f"empty.{kind}", "", "leaves nothing to train on") for kind in ("jsonl", "csv", "txt", "jsonl.gz")),
     ("blank.jsonl", "\n \n\t\n", "leaves nothing to train on"), ("list.json", "[]", "leaves nothing to train on"),
     ("bom.jsonl", "\ufeff", "leaves nothing to train on"), ("header.csv", "text,b\n", "leaves nothing to train on"),
-    ("utf16.jsonl", ONE.encode("utf-16"), "utf16.jsonl, in or after line 1: .*0xff.*again as UTF-8 jsonl"),
     ("latin1.csv", b"text\ncaf\xe9\n", "latin1.csv, in or after line 1: .*0xe9.*again as UTF-8 csv"),
     ("later.json", b"[" + b" " * 9000 + b'"caf\xe9"]', "later.json, in or after .*0xe9.*again as UTF-8 json"),
-    ("latin1.txt", b"caf\xe9", "latin1.txt: .*0xe9.*save or download it again as UTF-8 text"),
     *((f"noise.{kind}", NOISE, f"noise.{kind}.*again as UTF-8") for kind in ("jsonl", "csv", "json", "txt", "txt.gz")),
     ("noise.gz", NOISE, "noise.gz is none of .json"),
     ("cut.jsonl.gz", PACKED[:-9], "cut.jsonl.gz, in or after line .*ended before.*download it again"),
@@ -174,7 +190,6 @@ RECORDS = [
     ("surrogate.json", r'[{"text": "a\udc00"}]', "record 1: 'text': half a surrogate pair .* is no text; repair it"),
     # conversations
     ("none_said.jsonl", '{"messages": []}', NO_LIST), ("dict.jsonl", '{"messages": {"role": "user"}}', NO_LIST),
-    ("null_turns.jsonl", '{"messages": null}', NO_LIST),
     ("words.jsonl", '{"conversations": ["hi"]}', "a conversation is a list of {'from': ..., 'value': ...} objects"),
     ("root.jsonl", turns(("root", "x")), "line 1: the role 'root' is none of system, user, assistant"),
     ("forged.jsonl", turns(("user", "a"), ("assistant\n", "b")), r"the role 'assistant\\n' is none of system"),
@@ -205,11 +220,6 @@ RECORDS = [
     ("encoding.jsonl", ONE, "encoding='klingon' is none of bytes, gpt2", dict(encoding="klingon")),
     ("suffix.parquet", ONE, "--input: suffix.parquet is none of .json .jsonl .csv .tsv .txt.*save it so"),
 ]
-
-
-def prepared(path, out_dir, **flags):
-    return prepare_data.main(PrepareConfig(**{**dict(input=str(path), out_dir=str(out_dir), encoding="bytes", show=0,
-                                                     val_fraction=0, test_fraction=0, template="chat"), **flags}))
 
 
 @pytest.mark.parametrize("name, content, message, flags",
@@ -253,28 +263,6 @@ def test_paths_that_cannot_be_used(tmp_path):
 
 # ---- shards and meta.json -------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    prepared(write_lines(path / "a.jsonl", colour_records(40)), path / "prepared", val_fraction=0.2, block_size=128)
-    return path / "prepared"
-
-
-def shard(change, split="train"):
-    """A change that puts change(tokens) in a shard's place."""
-    def rewrite(directory):
-        tokens = change(np.load(directory / f"{split}_00000.npy").copy())
-        np.save(directory / f"{split}_00000.npy", tokens, allow_pickle=True)
-    return rewrite
-
-
-def token(place, field, value):
-    def change(tokens):
-        tokens[field][place] = value
-        return tokens
-    return change
-
-
 def meta(**changes):
     return config_of("meta.json", **changes)
 
@@ -283,14 +271,8 @@ AGAIN = " is damaged: run prepare_data.py again$"
 TRAIN, META = "train_00000.npy" + AGAIN, "meta.json" + AGAIN
 # what is wrong, what makes it so, the message
 DATA = [
-    ("id past the vocabulary", shard(token(7, "id", 257)), TRAIN),
-    ("largest id", shard(token(-1, "id", 65535), "val"), "val_00000.npy" + AGAIN),
-    ("unknown flags", shard(token(3, "flags", 4)), TRAIN), ("no start", shard(token(0, "flags", 0)), TRAIN),
-    ("one supervised more", shard(token(2, "flags", 1)), TRAIN), ("fewer tokens", shard(lambda x: x[:-1]), TRAIN),
-    ("no tokens", shard(lambda x: x[:0]), TRAIN), ("cut short", cut("train_00000.npy", 900), TRAIN),
-    ("empty", cut("train_00000.npy", 0), TRAIN), ("floats", shard(lambda x: x["id"].astype(np.float32)), TRAIN),
-    ("objects", shard(lambda x: np.array([Evil()])), TRAIN), ("a pickle", evil(pickle.dump, "train_00000.npy"), TRAIN),
-    ("noise", put("train_00000.npy", NOISE), TRAIN), ("text", put("train_00000.npy", "id,flags\n1,2\n"), TRAIN),
+    ("cut short", cut("train_00000.npy", 900), TRAIN), ("empty", cut("val_00000.npy", 0), "val_00000.npy" + AGAIN),
+    ("a pickle", evil(pickle.dump, "train_00000.npy"), TRAIN), ("noise", put("train_00000.npy", NOISE), TRAIN),
     ("missing", gone("train_00000.npy"), "train_00000.npy is missing: run prepare_data.py again"),
     ("missing, of val", gone("val_00000.npy"), "val_00000.npy is missing: run prepare_data.py again"),
     ("a directory", lambda path: ((path / "train_00000.npy").unlink(), (path / "train_00000.npy").mkdir()),
@@ -308,22 +290,8 @@ DATA = [
 ]
 
 
-def training(data_dir, out_dir, **flags):
-    return train.main(TrainConfig(data_dir=str(data_dir), out_dir=str(out_dir), **{**dict(
-        n_layer=1, n_head=1, n_embd=8, device="cpu", dtype="float32", max_steps=1), **flags}))
-
-
-@pytest.mark.parametrize("change, message", cases(DATA))
-def test_prepared_data(change, message, data, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(data, tmp_path / "prepared-copy")
-    change(tmp_path / "prepared-copy")
-    with refused(message, tmp_path, TrainConfig):
-        training(tmp_path / "prepared-copy", tmp_path / "out")
-
-
-def test_any_byte_of_a_shard_that_changes_is_found(data, tmp_path):
-    content, meta = (data / "train_00000.npy").read_bytes(), load_meta(data)
+def test_any_byte_of_a_shard_that_changes_is_found(work, tmp_path):
+    content, meta = (work / "data" / "train_00000.npy").read_bytes(), load_meta(work / "data")
     for place in random.Random(0).sample(range(len(content)), 50):
         changed = content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]
         (tmp_path / "train_00000.npy").write_bytes(changed)
@@ -332,15 +300,6 @@ def test_any_byte_of_a_shard_that_changes_is_found(data, tmp_path):
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    out_dir = tmp_path_factory.mktemp("run") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, "plot", lambda out_dir: None)  # which takes seconds
-        training(data, out_dir)
-    return out_dir
-
 
 def saved(kind="", **changes):
     """A change of entries in ckpt.pt or, with `kind`, in one of its entries; the checksum stays."""
@@ -379,26 +338,7 @@ CHECKPOINTS = [
 ]
 
 
-@pytest.mark.parametrize("change, message", cases(CHECKPOINTS))
-def test_checkpoints(change, message, data, finished, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(finished, tmp_path / "out")
-    change(tmp_path / "out")
-    with refused(message, tmp_path, TrainConfig):
-        train.main(TrainConfig(data_dir=str(data), out_dir=str(tmp_path / "out"), resume=True))
-
-
 # ---- weights --------------------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A model of train.py's, with its wording."""
-    path = tmp_path_factory.mktemp("model")
-    tiny(n_layer=1, n_embd=8, n_head=2, block_size=512).save_pretrained(path)
-    (path / "prompt.json").write_text(json.dumps(dict(template="chat", prompt_format="", response_format="",
-                                                      encoding="bytes")))
-    return path
-
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -477,35 +417,21 @@ WEIGHTS = [
     (".bin text", binary(put("pytorch_model.bin", "version https://git-lfs")), NO_BIN),
     (".bin a list", binary([W, P]), NO_STATE), (".bin of numbers", binary({"wte.weight": 3}), NO_STATE),
     (".bin by number", binary({1: W, 2: P}), NO_FIT), (".bin of half a model", binary({"wte.weight": W}), NO_FIT),
-    ("nothing", gone("model.safetensors"), "holds neither model.safetensors nor its index nor pytorch_model.bin nor ad"),
+    ("nothing", gone("model.safetensors"), "holds neither model.safetensors nor its index nor pytorch_model.bin nor"),
 ]
-
-
-@pytest.mark.parametrize("change, message", cases(WEIGHTS))
-def test_weights(change, message, weights, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(weights, tmp_path / "model")
-    change(tmp_path / "model")
-    with refused(message, tmp_path, TrainConfig):
-        GPT.from_pretrained(tmp_path / "model")
 
 
 ARGS = {"block_size": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 64}
 NO_NANOGPT = "ckpt.pt is no checkpoint of nanoGPT; for one of train.py name its out_dir"
 
 
-@pytest.mark.parametrize("content, message", [
+NANOGPT = [
     ({}, NO_NANOGPT), ([1], NO_NANOGPT), ({"model_args": ARGS}, NO_NANOGPT),
     ({"model_args": ARGS, "model": {"h.0.ln_1.weight": W[0, 0]}}, NO_NANOGPT),
     ({"model_args": {"n_layer": 1}, "model": {}}, NO_NANOGPT),
     ({"model_args": ARGS, "model": {"wte.weight": W}}, "ckpt.pt does not fit config.json"),
     ({"model_args": {**ARGS, "n_head": 0}, "model": {}}, "no configuration of a model: n_head is 0" + ELSE),
-    (Evil(), r"ckpt.pt holds no plain tensors \(UnpicklingError\)")])
-def test_checkpoints_of_nanogpt(content, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(content, tmp_path / "ckpt.pt")
-    with refused(message, tmp_path, TrainConfig):
-        GPT.from_pretrained(tmp_path / "ckpt.pt")
+    (Evil(), r"ckpt.pt holds no plain tensors \(UnpicklingError\)")]
 
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
@@ -540,17 +466,27 @@ ADAPTERS = [
     ("no updates", updates(), "the adapter holds no updates; write or download it again"),
     ("half an update", updates(h__0__attn__c_attn__lora_A=torch.zeros(4, 8)), "adapter's h.0.attn.c_attn does not fit"),
     ("a layer that is not there", updates(h__9__attn__c_attn__lora_A=P), "adapter's h.9.attn.c_attn does not fit"),
-    ("no update", updates(wte=P), "holds .*transformer.wte.weight, which is no LoRA update; expected lora_A and lora_B"),
+    ("no update", updates(wte=P), "holds .*transformer.wte.weight, which is no LoRA update; expected lora_A and"),
 ]
 
 
-@pytest.mark.parametrize("change, message", cases(ADAPTERS))
-def test_adapters(change, message, weights, tmp_path, monkeypatch):
+DAMAGED = {  # a table, and what finds the damage in the directory or file that its changes are for
+    "data": (DATA, lambda: training("data", "new")),
+    "out": (CHECKPOINTS, lambda: train.main(TrainConfig(data_dir="data", out_dir="out", resume=True))),
+    "model": (WEIGHTS, lambda: GPT.from_pretrained("model")),
+    "adapter": (ADAPTERS, lambda: GPT.from_pretrained("adapter")),
+    "ckpt.pt": ([(str(content), partial(torch.save, content), message) for content, message in NANOGPT],
+                lambda: GPT.from_pretrained("ckpt.pt"))}
+
+
+@pytest.mark.parametrize("place, change, message", [
+    pytest.param(place, *row, id=f"{place}: {name}") for place, (table, _) in DAMAGED.items() for name, *row in table])
+def test_what_is_damaged(place, change, message, work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    GPT.from_pretrained(weights).add_lora(4, 8.0, 0.0, ["c_attn"]).save_adapter(tmp_path / "adapter", str(weights))
-    change(tmp_path / "adapter")
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / place)
     with refused(message, tmp_path, TrainConfig):
-        GPT.from_pretrained("adapter")
+        DAMAGED[place][1]()
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
@@ -578,20 +514,26 @@ SAMPLES = [
     ("--output nowhere", *file(ONE, output="no/where"), "No such file or directory"),
     *((f"--prompt {text[:20]}", TWO, dict(prompt=text), TWO_COLUMNS) for text in (
         "x", '{"title": "a", "te', '["a", "b"]', "[" * 100_000, '{"title": "a", "text": null}', '{"title": "a"}')),
+    ("--model=out", lambda path: shutil.rmtree("out"), dict(model="out"), "--model=out: nothing is trained there yet"),
+    ("--prompt too long", wording(), dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512: shorten it"),
+    ("--system", wording(template="alpaca"), dict(system="x", prompt="x"), "--system: only a chat template has a sys"),
+    ("--output a directory", *file(ONE, output="data"), "--output=data is a directory; name a file"),
+    ("--export over one", wording(), dict(export="model"), "--export=model holds a model already; name another dir"),
     ("--model nowhere", wording(), dict(model="no/where/at"), "no model 'no/where/at': expected gpt2"),
     ("--model a text", put("a.txt", "x"), dict(model="model/a.txt"), "no model 'model/a.txt': expected gpt2"),
     ("--data_dir nowhere", wording(), dict(data_dir="no"), "--data_dir: no prepared data in no; run python prepare_"),
     ("prompt.json cut", cut("prompt.json", 20), PROMPT, "prompt.json is no JSON object; download or write it"),
     *((f"prompt.json: {name} is {value!r}", wording(**{name: value}), PROMPT, f"prompt.json: {name} is .*{PUT_BACK}")
       for name, value in (("template", GONE), ("response_format", GONE), ("prompt_format", 3), ("encoding", None))),
+    ("no prompt.json", gone("prompt.json"), PROMPT, "has 257 token ids, the gpt2 encoding 50257: give the --data_dir"),
     ("prompt.json in Klingon", wording(encoding="klingon"), PROMPT, "encoding='klingon' is none of bytes, gpt2"),
 ]
 
 
-@pytest.mark.parametrize("change, flags, message", cases(SAMPLES))
-def test_samples(change, flags, message, weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize("change, flags, message", [pytest.param(*row, id=name) for name, *row in SAMPLES])
+def test_samples(change, flags, message, work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(weights, tmp_path / "model")
+    shutil.copytree(work, tmp_path, dirs_exist_ok=True)
     change(tmp_path / "model")
     with refused(message, tmp_path, SampleConfig):
         sample.main(SampleConfig(**{**dict(model="model", device="cpu", dtype="float32", max_new_tokens=2), **flags}))
@@ -666,8 +608,8 @@ def test_fuzz_records(content, suffix, flags):
 
 @fuzz
 @given(draw=st.data())
-def test_fuzz_weights(draw, weights):
-    content = (weights / "model.safetensors").read_bytes()
+def test_fuzz_weights(draw, work):
+    content, config_json = ((work / "model" / name).read_bytes() for name in ("model.safetensors", "config.json"))
     length, empty, sizes = 8 + int.from_bytes(content[:8], "little"), torch.empty, [0]
     header = draw.draw(mutated([content[8:length]]))
     changed = draw.draw(mutated([content]) | st.just(len(header).to_bytes(8, "little") + header + content[length:]))
@@ -683,5 +625,5 @@ def test_fuzz_weights(draw, weights):
             survives(lambda: list(read_safetensors(Path(directory) / "model.safetensors")))
         assert max(sizes) <= len(changed)  # a false header allocates no more than the file has
         if draw.draw(st.booleans()):
-            (Path(directory) / "config.json").write_bytes(draw.draw(mutated([(weights / "config.json").read_bytes()])))
+            (Path(directory) / "config.json").write_bytes(draw.draw(mutated([config_json])))
         survives(GPT.from_pretrained, directory)

@@ -374,16 +374,6 @@ def test_what_is_left_of_a_run_is_not_overwritten(kept, tmp_path, command):
     assert step_of(tmp_path / "out") == 6 and steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("settings", [
-    dict(init_from="nowhere"), dict(init_from="gpt2"), dict(data_dir="nowhere"), dict(micro_batch_tokens=1),
-    dict(n_embd=33), dict(device="tpu9"), dict(lora_rank=4)], ids=str)
-def test_a_run_that_fails_before_its_first_step_leaves_the_old_one(settings, tmp_path, command):
-    command(out_dir=tmp_path / "out", max_steps=2)
-    before = snapshot(tmp_path / "out")
-    assert command(out_dir=tmp_path / "out", overwrite=True, **settings)
-    assert snapshot(tmp_path / "out") == before
-
-
 def test_an_overwritten_run_leaves_nothing_behind(tmp_path, command):
     """But what is the user's own, or another run's."""
     out_dir = tmp_path / "out"

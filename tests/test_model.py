@@ -180,7 +180,7 @@ def one_by_one(q, k, v, cu_seqlens, longest):
     ends = cu_seqlens.tolist()
     assert cu_seqlens.dtype == torch.int32 and ends[0] == 0 and ends[-1] == len(q)
     rows = [[x[start:end].transpose(0, 1) for x in (q, k, v)] for start, end in itertools.pairwise(ends)]
-    assert max(row[0].size(1) for row in rows) == longest
+    assert max(row[0].size(1) for row in rows) <= longest
     return torch.cat([F.scaled_dot_product_attention(*row, is_causal=True).transpose(0, 1) for row in rows])
 
 
@@ -221,20 +221,6 @@ def test_compiled_blocks_take_every_shape_in_one_graph(family, monkeypatch):
             model(*torch.zeros(2, sum(lengths), dtype=torch.int64), lengths).backward()
         assert weight.grad.shape == weight.shape and weight.grad.dtype == dtype
         stance = "fail_on_recompile"
-
-
-def test_evaluation_and_generation_run_eager():
-    """They would be compiled anew for every shape."""
-    model, compiled = tiny(dropout=0.5), []
-    for block in model.h:
-        block.compile(backend=lambda graph, inputs: compiled.append(1) or graph.forward)
-    with train.evaluating(model):
-        losses = [model(*packed_batch()).item() for _ in range(2)]
-        assert losses[0] == losses[1] == tiny().eval()(*packed_batch()).item()
-        assert collect(model, PROMPTS, 5) == collect(tiny().eval(), PROMPTS, 5)
-    assert not compiled and model.training
-    model(*packed_batch())
-    assert compiled
 
 
 class NoFloat64(TorchDispatchMode):

@@ -122,14 +122,6 @@ def test_the_sampling_prompt_is_how_training_began_and_no_content_becomes_a_spec
         assert sum(stops) == 1 and len(stops) == 1 + (ids[0] == STOP)
 
 
-def test_special_text_round_trips_in_gpt2s_encoding(gpt2_encoding):
-    text = "<|endoftext|> and <|endoftext|>"
-    messages = to_messages({"instruction": text, "output": text}, spec())
-    ids, _ = encode(render(messages, spec()), gpt2_encoding)
-    assert ids.count(gpt2_encoding.eot_token) == 1 and ids[-1] == gpt2_encoding.eot_token
-    assert gpt2_encoding.decode(ids[:-1]).endswith("### Response:\n" + text)
-
-
 def jinja(wording, messages, unanswered=False):
     """What transformers renders with the template that sample.py exports."""
     def refuse(message):
@@ -317,9 +309,9 @@ def test_an_epoch_is_shuffled_once():
 def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prepare, tmp_path):
     one = prepare(colour_records())
     before = {path.name: path.read_bytes() for path in one.iterdir()}
-    prepare(colour_records()[:30], out_dir=str(one), shard_tokens=50)
+    prepare(colour_records()[:30], out_dir=one, shard_tokens=50)
     (tmp_path / "link").symlink_to(one)
-    prepare(colour_records(), out_dir=str(tmp_path / "link"))
+    prepare(colour_records(), out_dir=tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert {path.name: path.read_bytes() for path in one.iterdir()} == before
 
@@ -331,7 +323,7 @@ def test_files_that_come_while_preparing_stay(prepare, tmp_path, monkeypatch):
         (place / "thesis.tex").write_text("years of work")
         publish(work, place)
     monkeypatch.setattr(prepare_data, "publish", publish_late)
-    prepare(colour_records(3), out_dir=str(out_dir), block_size=200)
+    prepare(colour_records(3), out_dir=out_dir, block_size=200)
     assert (out_dir / "thesis.tex").read_text() == "years of work" and load_meta(out_dir)["block_size"] == 200
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]  # no unfinished directory
 

@@ -7,7 +7,8 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import colour_records, theirs, write_lines
+from conftest import assert_same_logits, colour_records, theirs, with_lora, write_lines
+from test_sample import turns
 from test_tokenizer import SMOLLM2
 from torch.nn.functional import cross_entropy
 
@@ -36,9 +37,17 @@ PROMPTS = [FRANCE, "Hi", "Name three colours.", "Why is the sky blue?", "Who wro
            "Sort these words: " + " ".join(f"{word}{n}" for n in range(20) for word in ("pear", "fig", "plum"))]
 
 
+def load(model=SMOLLM2):
+    return sample.load(SampleConfig(model=str(model), device="cpu", dtype="float32"))
+
+
+def use(**flags):
+    return sample.main(SampleConfig(device="cpu", dtype="float32", **flags))
+
+
 @pytest.fixture(scope="module")
 def ours():
-    return load()[0]
+    return load()[0].model
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +64,7 @@ def tokenizer():
 def folder(tmp_path, monkeypatch):
     """The working directory, which goes with the test: it may hold gigabytes."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tiktoken.get_encoding", None)  # no other vocabulary is needed
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
 
@@ -67,43 +77,22 @@ def heard(monkeypatch):
     return prompts
 
 
-def load(model=SMOLLM2):
-    return sample.load(SampleConfig(model=str(model), device="cpu", dtype="float32"))
-
-
-def use(**flags):
-    return sample.main(SampleConfig(device="cpu", dtype="float32", **flags))
-
-
-def turns(*contents, system=None):
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    return [{"role": "system", "content": system}, *messages] if system else messages
-
-
 def templated(tokenizer, messages):
     """transformers' ids of a conversation, with the beginning of the answer where it lacks one."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=messages[-1]["role"] == "user",
                                          return_dict=False)
 
 
-def answers_of(loaded, prompts, count=64, stop=None):
-    answers = [[] for _ in prompts]
-    for step in loaded.model.generate(prompts, count, stop=stop):
-        for answer, token in zip(answers, step, strict=True):
-            answer += [] if token is None else [token]
-    return answers
+def answers_of(model, prompts, count=64):
+    """`count` ids after each of the prompts."""
+    return list(map(list, zip(*model.generate(prompts, count), strict=True)))
 
 
 def logits_of(model, ids):
-    """(T, vocab_size)"""
+    """Ours or transformers', (T, vocab_size)."""
     with torch.no_grad():
         found = model(torch.tensor([ids]))
     return (found if isinstance(found, torch.Tensor) else found.logits)[0]
-
-
-def assert_equal_logits(model, other, ids):
-    expected = logits_of(other, ids)
-    assert (logits_of(model, ids) - expected).abs().max() < 1e-4 * expected.std()
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
@@ -113,12 +102,9 @@ def test_greedy_answers_are_the_same_with_a_cache_without_in_a_batch_and_in_tran
     prompts = [templated(tokenizer, turns(text)) for text in PROMPTS]
     answers = answers_of(ours, prompts)
     assert [len(answer) for answer in answers] == [64] * 20
-    assert answers == [answers_of(ours, [prompt])[0] for prompt in prompts]
+    assert [answers_of(ours, [prompt]) for prompt in prompts] == [[answer] for answer in answers]
     for prompt, answer in zip(prompts, answers, strict=True):  # without a cache, each token after all those before it
-        assert logits_of(ours.model, prompt + answer)[len(prompt) - 1:-1].argmax(-1).tolist() == answer
-    # rows that end, and leave the batch, change no other
-    assert answers_of(ours, prompts, stop=ours.stop) == [
-        answer[:answer.index(ours.stop) + 1] if ours.stop in answer else answer for answer in answers]
+        assert logits_of(ours, prompt + answer)[len(prompt) - 1:-1].argmax(-1).tolist() == answer
     others.generation_config.eos_token_id = None
     padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     found = others.generate(**padded, max_new_tokens=64, do_sample=False)
@@ -126,18 +112,20 @@ def test_greedy_answers_are_the_same_with_a_cache_without_in_a_batch_and_in_tran
 
 
 def test_logits_and_log_likelihoods_are_those_of_transformers(ours, others, tokenizer):
-    assert_equal_logits(ours.model, others, templated(tokenizer, turns(*PROMPTS)))
-    prompts = [templated(tokenizer, turns(text)) for text in PROMPTS[:3]]
-    answers = [tokenizer.encode(text) + [ours.stop] for text in (PARIS, "Red", "Hello! How can I help you today?")]
-    for prompt, found in zip(prompts, ours.model.log_likelihood(prompts, answers).tolist(), strict=True):
-        logits = [logits_of(others, prompt + answer)[len(prompt) - 1:-1] for answer in answers]
-        assert found == pytest.approx([-cross_entropy(row, torch.tensor(answer), reduction="sum").item()
-                                       for row, answer in zip(logits, answers, strict=True)], rel=1e-5)
+    ids = templated(tokenizer, turns(*PROMPTS))
+    expected = logits_of(others, ids)
+    assert (logits_of(ours, ids) - expected).abs().max() < 1e-4 * expected.std()
+    answers = [tokenizer.encode(text) + [2] for text in (PARIS, "Red", "Hello! How can I help you today?")]
+    for text in PROMPTS[:3]:
+        prompt = templated(tokenizer, turns(text))
+        losses = [cross_entropy(logits_of(others, prompt + answer)[len(prompt) - 1:-1], torch.tensor(answer),
+                                reduction="sum").item() for answer in answers]
+        assert (-ours.log_likelihood([prompt], answers)[0]).tolist() == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_long_prompt_takes_the_memory_that_it_needs(ours):
     with torch.inference_mode():
-        _, cache, lengths = ours.model.prefill([list(range(100, 1600))], 64)
+        _, cache, lengths = ours.prefill([list(range(100, 1600))], 64)
     assert cache.shape == (2, 30, 1, 3, 1564, 64) and lengths.tolist() == [1500]  # of a context of 8,192
 
 
@@ -148,53 +136,50 @@ CHAT = turns("Hi", "Ho", "天?", "So\n", system="Be.")
 
 @pytest.mark.parametrize("flags, record, messages", [
     ({}, {"instruction": "Name it.", "input": "12", "output": "A 🙂"}, turns("Name it.\n\n12", "A 🙂")),
-    ({}, {"instruction": "Name it.", "output": "Blue"}, turns("Name it.", "Blue")),
-    ({}, {"prompt": "Q: 天?", "completion": "A"}, turns("Q: 天?", "A")),
-    ({}, {"messages": CHAT}, CHAT),
-    ({}, {"conversations": [{"from": turn["role"], "value": turn["content"]} for turn in CHAT]}, CHAT),
+    ({}, {"prompt": "Q: 天?", "completion": "A"}, turns("Q: 天?", "A")), ({}, {"messages": CHAT}, CHAT),
     (dict(prompt_format="Title: {title}\\nIn a word:", response_format="{label}"), {"title": "Stars", "label": "b"},
      turns("Title: Stars\nIn a word:", "b"))])
 def test_records_of_every_kind_are_turns_of_the_models_template(flags, record, messages, tokenizer, folder):
     meta = prepare_data.main(PrepareConfig(input=str(write_lines(folder / "r.jsonl", [record])), model=str(SMOLLM2),
                                            val_fraction=0, test_fraction=0, show=0, **flags))
     assert (meta["block_size"], meta["stop"], meta["model"]) == (8192, 2, str(SMOLLM2.resolve()))
-    ids, flags = zip(*Shards("data/r", meta, "train")[0].tolist(), strict=True)
-    assert list(ids) == templated(tokenizer, messages)
+    example, = Shards("data/r", meta, "train")
+    assert example["id"].tolist() == templated(tokenizer, messages)
     answered = [place for i, message in enumerate(messages) if message["role"] == "assistant" for place in range(
         len(templated(tokenizer, messages[:i])), len(templated(tokenizer, messages[:i + 1])) - 1)]  # not its line end
-    assert [place for place, flag in enumerate(flags) if flag & SUPERVISED] == answered
+    assert (example["flags"] & SUPERVISED).nonzero()[0].tolist() == answered
 
 
 def test_a_text_is_cut_into_blocks_of_1024(folder):
     (folder / "t.txt").write_text("one two three " * 2000)
-    meta = prepare_data.main(PrepareConfig(input="t.txt", model=str(SMOLLM2), template="text", show=0))
+    meta = prepare_data.main(PrepareConfig(input="t.txt", model=str(SMOLLM2), show=0))
     assert (meta["block_size"], meta["train"]["longest"]) == (1024, 1025)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_what_was_prepared_for_a_model_is_trained_from_it_asked_and_taken_by_transformers(lora_rank, folder):
-    question, brought = "Say red and green.", {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    question = "Say red and green."
     write_lines(folder / "colours.jsonl", colour_records(60))
     prepare_data.main(PrepareConfig(input="colours.jsonl", model=str(SMOLLM2), show=0))
     state = train.main(TrainConfig(data_dir="data/colours", max_steps=3, lora_rank=lora_rank, eval_interval=0,
                                    device="cpu", dtype="float32"))
     answer, = use(prompt=question, max_new_tokens=12)
     use(export="export")
+    for path in "data/colours", "out/best", "out/last", "export":
+        assert all((folder / path / name).read_bytes() == (SMOLLM2 / name).read_bytes()
+                   for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
     ours, = load("out")
     prompt = ours.prompt_ids([("user", {"content": question})])
     assert (logits_of(ours.model, prompt) - logits_of(GPT.from_pretrained(SMOLLM2), prompt)).abs().max() > 0.1
     for path in "out/best", "export":
         kind = peft.AutoPeftModelForCausalLM if lora_rank and path == "out/best" else transformers.AutoModelForCausalLM
-        other = kind.from_pretrained(path, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        assert_equal_logits(ours.model, other, prompt)
+        other, tokenizer = (auto.from_pretrained(path) for auto in (kind, transformers.AutoTokenizer))
+        assert_same_logits(ours.model, other.float())
         assert templated(tokenizer, turns(question)) == prompt
         assert all(tokenizer.encode(text) == ours.encoding.encode_ordinary(text) for text in PROMPTS)
         found = other.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
         assert tokenizer.decode(found[0, len(prompt):], skip_special_tokens=True) == answer
-    for path in "data/colours", "out/best", "out/last", "export":
-        assert brought < {file.name for file in (folder / path).iterdir()}
     # the loss that train.py reports is that of transformers over the answers of the validation split
     val, loss = Shards("data/colours", load_meta("data/colours"), "val"), 0.0
     for i in range(len(val)):
@@ -205,31 +190,24 @@ def test_what_was_prepared_for_a_model_is_trained_from_it_asked_and_taken_by_tra
 
 # ---- asking ---------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("flags, messages, answer", [
-    ({}, turns(FRANCE), PARIS), (dict(answer="The capital of"), turns(FRANCE), PARIS),
-    (dict(system="You speak French."), turns(FRANCE, system="You speak French."), None)])
-def test_a_model_of_others_is_asked_in_its_own_template(flags, messages, answer, tokenizer, heard):
-    said = use(model=str(SMOLLM2), prompt=FRANCE, max_new_tokens=12, **flags)
-    assert said == [answer] or not answer
-    assert heard == [templated(tokenizer, messages) + tokenizer.encode(flags.get("answer", ""))]
+@pytest.mark.parametrize("flags, system", [({}, None), (dict(answer="The capital of"), None),
+                                           (dict(system="Be brief."), "Be brief.")])
+def test_a_model_of_others_is_asked_in_its_own_template(flags, system, tokenizer, heard):
+    assert use(model=str(SMOLLM2), prompt=FRANCE, max_new_tokens=12, **flags) == [PARIS]
+    assert heard == [templated(tokenizer, turns(FRANCE, system=system)) + tokenizer.encode(flags.get("answer", ""))]
 
 
 def test_a_chat_keeps_its_turns(tokenizer, heard, monkeypatch):
-    answer, = use(model=str(SMOLLM2), prompt=FRANCE)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{FRANCE}\nAnd of Italy?\n"))
-    use(model=str(SMOLLM2), max_new_tokens=20)
-    assert heard[1:] == [templated(tokenizer, turns(*said)) for said in ((FRANCE,), (FRANCE, answer, "And of Italy?"))]
+    use(model=str(SMOLLM2), max_new_tokens=12)
+    assert heard == [templated(tokenizer, turns(*said)) for said in ((FRANCE,), (FRANCE, PARIS, "And of Italy?"))]
 
 
 def test_adapters_share_their_base_and_answer_as_each_does_alone(folder, tokenizer):
-    model = GPT.from_pretrained(SMOLLM2).add_lora(4, 8.0, 0.0, [])
     for seed, name in enumerate("AB"):
-        torch.manual_seed(seed)
-        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-            torch.nn.init.normal_(parameter, std=0.03)
-        model.save_adapter(name, str(SMOLLM2))
-    both, prompt = load("A,B"), templated(tokenizer, turns(FRANCE))
-    first, second = (dict(loaded.model.named_parameters()) for loaded in both)
+        with_lora(GPT.from_pretrained(SMOLLM2), seed=seed).save_adapter(name, str(SMOLLM2))
+    both, prompt = [loaded.model for loaded in load("A,B")], templated(tokenizer, turns(FRANCE))
+    first, second = (dict(model.named_parameters()) for model in both)
     assert all((first[name].data_ptr() == second[name].data_ptr()) == ("lora" not in name) for name in first)
-    answers = [answers_of(loaded, [prompt], 8) for loaded in both]
-    assert answers == [answers_of(load(name)[0], [prompt], 8) for name in "AB"] and answers[0] != answers[1]
+    answers = [answers_of(model, [prompt], 8) for model in both]
+    assert answers == [answers_of(load(name)[0].model, [prompt], 8) for name in "AB"] and answers[0] != answers[1]

@@ -7,17 +7,20 @@ import jinja2
 import pytest
 import torch
 import transformers
-from conftest import assert_same_logits, theirs, tiny, with_lora, write_lines
+from conftest import assert_same_logits, chat_model, colour_records, theirs, tiny, with_lora, write_lines
 from test_tokenizer import trained
 
 import sample
+import train
 from model import GPT
 from nanosft import score
 from nanosft.console import UserError
 from nanosft.records import to_messages
+from nanosft.shards import load_meta
 from nanosft.templates import encode, get_encoding, render
 from nanosft.tensors import read_safetensors
 from sample import LoadedModel, SampleConfig
+from train import TrainConfig
 
 BYTES = get_encoding("bytes")
 STOP = BYTES.eot_token
@@ -203,27 +206,9 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
     assert "1 of 3 records have another answer than these labels: they count as wrong" in capsys.readouterr().out
 
 
-# ---- wrong use ------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("flags, message", [
-    (dict(model="out"), "--model=out: nothing is trained there yet; run python train.py"),
-    (dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512"),
-    (dict(model="two", system="x", prompt="x"), "--system: only a chat template has a system prompt; leave it out"),
-    (dict(model="plain", prompt="x"), "has 257 token ids, the gpt2 encoding 50257: give the --data_dir"),
-    (dict(file="bad.jsonl", output="chat"), "--output=chat is a directory; name a file"),
-    (dict(file="bad.jsonl"), "bad.jsonl, line 2: 'instruction' must be text, not null"),
-    (dict(export="two"), "two holds a model already; name another directory"),
-    (dict(temperature=-1, top_p=0, export="new", model="chat,two"),
-     "--temperature: -1 is neither 0 nor.*--top_p: 0 is not in.*--export: writes one model; name one")])
-def test_wrong_use_gets_one_line(flags, message, tmp_path, monkeypatch, gpt2_encoding):
-    monkeypatch.chdir(tmp_path)
-    saved(tmp_path / "chat", SPECS["chat"])
-    saved(tmp_path / "two", SPECS["two"])
-    tiny().save_pretrained(tmp_path / "plain")
-    (tmp_path / "bad.jsonl").write_text('{"instruction": 3}\n{"instruction": null}\n')
-    with pytest.raises(UserError, match=message) as caught:
-        use(**{"model": "chat", **flags})
-    assert "\n" not in str(caught.value)
+def test_flags_out_of_range_are_all_named_at_once():
+    with pytest.raises(UserError, match="--temperature: -1 is neither .*--top_p: 0 is not.*--export: writes one model"):
+        SampleConfig(temperature=-1, top_p=0, export="new", model="chat,two")
 
 
 # ---- adapters and export --------------------------------------------------------------------------------------------
@@ -303,3 +288,21 @@ def test_an_export_gives_transformers_the_logits_and_prompt_ids(template, tmp_pa
         else:
             with pytest.raises(jinja2.TemplateError, match="one question"):
                 theirs_of(messages)
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag(lora_rank, prepare, tmp_path):
+    """Its tokenizer and chat template go along, so that transformers takes best/ and an export as they are."""
+    data = prepare(colour_records(60), model=chat_model(tmp_path / "base"), encoding="", template="", block_size=0)
+    meta = load_meta(data)
+    assert (meta["prompt"]["template"], meta["stop"], meta["block_size"]) == ("model", 2, 256)
+    train.main(TrainConfig(data_dir=data, out_dir=tmp_path / "out", lora_rank=lora_rank, max_steps=3, device="cpu",
+                           learning_rate=1e-2, dtype="float32"))
+    asked = dict(model=str(tmp_path / "out"), device="cpu", dtype="float32", system="Be.")
+    loaded, = sample.load(SampleConfig(**asked))
+    sample.main(SampleConfig(export=str(tmp_path / "export"), **asked))
+    for path in tmp_path / "out" / "best", tmp_path / "export":
+        assert_same_logits(loaded.model, theirs(path))
+        tokenizer, chat = transformers.AutoTokenizer.from_pretrained(path), [("system", "Be."), ("user", "Say red.")]
+        assert loaded.prompt_ids([(role, {"content": text}) for role, text in chat]) == tokenizer.apply_chat_template(
+            [{"role": role, "content": text} for role, text in chat], add_generation_prompt=True, return_dict=False)

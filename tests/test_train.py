@@ -15,21 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import (
-    ROOT,
-    assert_same_logits,
-    chat_model,
-    checkpoint,
-    colour_records,
-    column,
-    equal,
-    masters,
-    randomise,
-    rows,
-    theirs,
-    tiny,
-    write_lines,
-)
+from conftest import ROOT, checkpoint, colour_records, column, equal, masters, randomise, rows, tiny, write_lines
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 
@@ -411,23 +397,6 @@ def test_eight_examples_come_out_word_for_word(fit, tmp_path, data, capsys):
     assert all(record["response"] == record["output"] for record in answered)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag(lora_rank, fit, prepare, tmp_path):
-    """Its tokenizer and chat template go along, so that transformers takes best/ and an export as they are."""
-    own = prepare(colour_records(60), model=chat_model(tmp_path / "base"), encoding="", template="", block_size=0)
-    meta = load_meta(own)
-    assert (meta["prompt"]["template"], meta["stop"], meta["block_size"]) == ("model", 2, 256)
-    fit(data_dir=str(own), lora_rank=lora_rank, learning_rate=1e-2)
-    asked = dict(model=str(tmp_path / "out"), device="cpu", dtype="float32", system="Be.")
-    loaded, = sample.load(sample.SampleConfig(**asked))
-    sample.main(sample.SampleConfig(export=str(tmp_path / "export"), **asked))
-    for path in tmp_path / "out" / "best", tmp_path / "export":
-        assert_same_logits(loaded.model, theirs(path))
-        tokenizer, chat = transformers.AutoTokenizer.from_pretrained(path), [("system", "Be."), ("user", "Say red.")]
-        assert loaded.prompt_ids([(role, {"content": text}) for role, text in chat]) == tokenizer.apply_chat_template(
-            [{"role": role, "content": text} for role, text in chat], add_generation_prompt=True, return_dict=False)
-
-
 def test_a_copy_of_train_py_trains_from_any_directory_and_with_closed_streams(data, tmp_path):
     shutil.copytree(ROOT / "nanosft", tmp_path / "fork" / "nanosft")
     for name, copy in (("model.py", "model.py"), ("train.py", "my_train.py")):
@@ -479,22 +448,30 @@ def test_values_from_python_take_their_fields_types_or_are_refused(fit, data, tm
 def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
     fit("done", max_steps=2)
     done, long, meta = str(tmp_path / "done"), str(tmp_path / "long"), load_meta(data)
-    for name, numbers in (("other", dict(vocab_size=999)), ("short", dict(block_size=16)), ("middle", {})):
+    for name, numbers in (("other", dict(vocab_size=999)), ("short", dict(block_size=16)), ("middle", {}),
+                          ("whole", dict(block_size=128))):
         tiny(**numbers).save_pretrained(tmp_path / name)
+    tiny(block_size=128).add_lora(4, 8.0, 0.0, []).save_adapter(tmp_path / "adapter", str(tmp_path / "whole"))
     shutil.copytree(data, long)  # its longest validation example is longer than any for training
     write_meta(long, {**meta, "train": {**meta["train"], "longest": 40}, "val": {**meta["val"], "longest": 90}})
     before = sorted(tmp_path.rglob("*"))
     for message, out, flags in (
             ("lies in --out_dir=.*which --overwrite clears: ", "done", dict(init_from=f"{done}/best", overwrite=True)),
             ("clears: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
-            ("--init_from=gpt2 needs GPT-2's encoding", "new", dict(init_from="gpt2")),
-            ("no model 'nowhere'", "new", dict(init_from="nowhere")),
+            ("--init_from=gpt2 needs GPT-2's encoding", "done", dict(init_from="gpt2", overwrite=True)),
+            ("no model 'nowhere'", "done", dict(init_from="nowhere", overwrite=True)),
+            ("no prepared data in nowhere", "done", dict(data_dir="nowhere", overwrite=True)),
             ("has 999 token ids", "new", dict(init_from=str(tmp_path / "other"))),
             ("a context of 16 tokens, the longest example", "new", dict(init_from=str(tmp_path / "short"))),
             ("64 tokens, the longest example 90", "new", dict(init_from=str(tmp_path / "middle"), data_dir=long)),
-            ("--micro_batch_tokens=10 is below the longest example", "new", dict(micro_batch_tokens=10)),
-            ("n_embd=33 is no multiple of n_head=2", "new", dict(n_embd=33)),
-            ("--device=tpu9: .*; try --device=cpu", "new", dict(device="tpu9")),
+            ("--micro_batch_tokens=10 is below the longest", "done", dict(micro_batch_tokens=10, overwrite=True)),
+            ("n_embd=33 is no multiple of n_head=2", "done", dict(n_embd=33, overwrite=True)),
+            ("--device=tpu9: .*; try --device=cpu", "done", dict(device="tpu9", overwrite=True)),
+            ("--lora_rank needs weights to adapt: name them with --i", "done", dict(lora_rank=4, overwrite=True)),
+            ("is itself a LoRA adapter: make it plain weights first with .*--export=DIRECTORY", "new",
+             dict(init_from=str(tmp_path / "adapter"), lora_rank=4)),
+            ("--lora_targets: 'q_proj' names no layer; this model's are c_attn, c_fc, c_proj", "new",
+             dict(init_from=str(tmp_path / "whole"), lora_rank=4, lora_targets="q_proj")),
             ("data are not in gone, .*say with --data_dir", "done", dict(resume=True, data_dir="gone")),
             (r"drop --batch_size=5 \(it ran with 4\)", "done", dict(resume=True, batch_size=5))):
         with pytest.raises((UserError, OSError), match=message) as caught:
