@@ -89,7 +89,7 @@ MUTATIONS = {
 }
 
 # which tests are to find a break in a file; those of processes, which are slow, where the break's name says so
-TESTS = {"prepare_data.py": ["prepare_data"], "model.py": ["model", "lora", "train"], "train.py": ["train", "kill"],
+TESTS = {"prepare_data.py": ["prepare_data"], "model.py": ["model", "lora", "train"], "train.py": ["train", "kill", "sample"],
          "sample.py": ["sample", "lora"], "checkpoint.py": ["train", "kill"], "device.py": ["train"],
          "distributed.py": ["processes"], "files.py": ["kill"], "flags.py": ["train", "bad_input"],
          "optimizer.py": ["optimizer", "train"], "records.py": ["prepare_data"], "report.py": ["train"],

@@ -475,7 +475,8 @@ DAMAGED = {  # a table, and what finds the damage in the directory or file that 
     "out": (CHECKPOINTS, lambda: train.main(TrainConfig(data_dir="data", out_dir="out", resume=True))),
     "model": (WEIGHTS, lambda: GPT.from_pretrained("model")),
     "adapter": (ADAPTERS, lambda: GPT.from_pretrained("adapter")),
-    "ckpt.pt": ([(str(content), partial(torch.save, content), message) for content, message in NANOGPT],
+    "ckpt.pt": ([(str(number), partial(torch.save, content), message)
+                 for number, (content, message) in enumerate(NANOGPT)],
                 lambda: GPT.from_pretrained("ckpt.pt"))}
 
 

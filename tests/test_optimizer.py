@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def small(dtype, seed=0, **options):
     """An optimizer of four parameters; the matrix is longer than a slice."""
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(700, 400), torch.nn.LayerNorm(400))
+    model = torch.nn.Sequential(torch.nn.Linear(1400, 400), torch.nn.LayerNorm(400))
     return AdamW(model.double() if dtype == torch.float64 else model, dtype, **options)
 
 
