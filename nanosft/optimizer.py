@@ -29,7 +29,7 @@ class AdamW:
         self.good_steps = torch.zeros((), device=first.device)
         # elements of a slice: on a CPU few enough to stay in its cache; a buffer for each of gradient, mean and square
         # that rests in 16 bits
-        self.slice_size = 1 << 19 if first.device.type == "cpu" else 1 << 24
+        self.slice_size = 1 << 18 if first.device.type == "cpu" else 1 << 24
         self.buffers = [first.new_empty(self.slice_size) if needed else None
                         for needed in (dtype != first.dtype, low_memory, low_memory)]
 

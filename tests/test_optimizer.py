@@ -125,7 +125,7 @@ def test_the_norm_is_right_however_many_gradients_there_are(dtype):
     gradient = torch.randn(1200, 20_000, generator=torch.Generator().manual_seed(0)).to(dtype)
     optimizer.parameters["weight"].grad = gradient
     exact = sum(row.double().square().sum() for row in gradient).sqrt().item()
-    assert optimizer.step(1e-3, torch.ones(()), 1.0).item() == pytest.approx(exact, rel=2e-5)
+    assert optimizer.step(1e-3, torch.ones(()), 1.0).item() == pytest.approx(exact, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype, low_memory", [(torch.float32, False), (torch.float16, False), (torch.bfloat16, True)])
