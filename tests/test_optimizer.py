@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def small(dtype, seed=0, **options):
     """An optimizer of four parameters; the matrix is longer than a slice."""
     torch.manual_seed(seed)
-    model = torch.nn.Sequential(torch.nn.Linear(1400, 400), torch.nn.LayerNorm(400))
+    model = torch.nn.Sequential(torch.nn.Linear(700, 400), torch.nn.LayerNorm(400))
     return AdamW(model.double() if dtype == torch.float64 else model, dtype, **options)
 
 
@@ -64,7 +64,7 @@ def test_masters_follow_torchs_adamw_and_parameters_are_the_rounded_masters(dtyp
         for group in reference.param_groups:
             group["lr"] = 1e-2 / (step + 1)
         reference.step()
-        assert norm.item() == pytest.approx(expected.item(), rel=1e-12 if exact else 4e-5)  # torch's is 2e-5 off itself
+        assert norm.item() == pytest.approx(expected.item(), rel=1e-12 if exact else 1e-5)
         for name, master in ours.masters.items():
             assert torch.allclose(master, theirs[name], rtol=0, atol=1e-12 if exact else 2.5e-7)  # 2 ulps of 1.0
             assert ours.parameters[name].dtype == dtype and torch.equal(ours.parameters[name], master.to(dtype))
@@ -125,7 +125,7 @@ def test_the_norm_is_right_however_many_gradients_there_are(dtype):
     gradient = torch.randn(1200, 20_000, generator=torch.Generator().manual_seed(0)).to(dtype)
     optimizer.parameters["weight"].grad = gradient
     exact = sum(row.double().square().sum() for row in gradient).sqrt().item()
-    assert optimizer.step(1e-3, torch.ones(()), 1.0).item() == pytest.approx(exact, rel=1e-4)
+    assert optimizer.step(1e-3, torch.ones(()), 1.0).item() == pytest.approx(exact, rel=2e-5)
 
 
 @pytest.mark.parametrize("dtype, low_memory", [(torch.float32, False), (torch.float16, False), (torch.bfloat16, True)])
