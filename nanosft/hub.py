@@ -31,17 +31,12 @@ def folder_of(repository):
     return hub / f"models--{repository.replace('/', '--')}"
 
 
-def files_of(directory):
-    """The files that hold a model's tensors in this directory: one, or those that an index names; [] where none is."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).is_file():
-            return [directory / name]
-    if not (directory / INDEX).is_file():
-        return []
-    names = read_json(directory / INDEX).get("weight_map")
+def shards_of(index):
+    """The files that an index, of this path, names."""
+    names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not all(re.fullmatch(r"[\w.-]+", str(name)) for name in names.values()):
-        raise UserError(f"{directory / INDEX} names no files; download or write it again")
-    return [directory / name for name in sorted(set(map(str, names.values())))]
+        raise UserError(f"{index} names no files; download or write it again")
+    return [index.parent / name for name in sorted(set(map(str, names.values())))]
 
 
 def cached(repository):
@@ -51,8 +46,10 @@ def cached(repository):
     except OSError:
         return None
     directory = folder_of(repository) / "snapshots" / commit
-    files = files_of(directory)
-    return directory if files and all(file.is_file() for file in files) else None
+    whole = any((directory / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+    if not whole and (directory / INDEX).is_file():
+        whole = all(file.is_file() for file in shards_of(directory / INDEX))
+    return directory if whole else None
 
 
 class AsAnswered(urllib.request.HTTPErrorProcessor):
@@ -146,13 +143,13 @@ def download(repository):
         for file in TOKENIZER:
             fetch(repository, file)
         if not fetch(repository, "model.safetensors") and fetch(repository, INDEX):
-            for path in files_of(config.parent):
+            for path in shards_of(config.parent / INDEX):
                 fetch(repository, path.name)
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             raise UserError(f"the download of {repository} failed ({error}); try again later") from None
         raise UserError(f"the hub refuses {repository} ({error.code}): check the name; if its page asks you to, accept "
-                        f"its licence there; then set HF_TOKEN to a token of your account that may read it") from None
+                        "its licence there; then set HF_TOKEN to a token of your account that may read it") from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, UserError):
             raise

@@ -1,6 +1,6 @@
 """Messages become segments, and segments become ids and flags: the one place for wording and loss mask.
 
-A segment is (text, supervised), (EOT, supervised) for the end-of-text token, or (Special, supervised) for another.
+A segment is (text, supervised), where text is a str, or a Special for a token of its own, such as EOT, end of text.
 Each text is tokenised by itself as ordinary text, so that no content can become a special token, and a prompt has the
 same ids with and without its answer. A `spec` is a dict of template (alpaca, chat, text, or model for the model's own),
 prompt_format and response_format; `bring_tokenizer` adds to it what a model's own tokenizer needs.
@@ -21,7 +21,7 @@ from nanosft.records import NAME, batched, fill, pair_of, to_messages
 from nanosft.shards import START, SUPERVISED
 from nanosft.tokenizer import read_tokenizer
 
-EOT = None  # in a segment, in the place of text
+EOT = Special("<|endoftext|>")  # by whatever name the encoding has it
 
 
 # ---- messages become segments ---------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def as_rendered(record, spec):
 
 def fingerprints(segments, seed):
     """(share, digest): a number in [0, 1) that depends on the prompt and the seed alone, and a hash of the whole."""
-    marked = ["|" if text is EOT or isinstance(text, Special) else f"{len(text)}:{text}" for text, _ in segments]
+    marked = ["|" if isinstance(text, Special) else f"{len(text)}:{text}" for text, _ in segments]
     prompt, asked = marked, False
     for index, (text, supervised) in enumerate(segments):
         if supervised and asked:
@@ -148,19 +148,16 @@ def stop_token(spec, encoding):
     return encoding.eot_token
 
 
-def is_text(segment):
-    return segment[0] is not EOT and not isinstance(segment[0], Special)
-
-
 def join(segments, encoded, encoding, train_on_prompt):
     """(ids, flags) of one example, a list of int and as many bytes. `encoded` iterates over the ids of its texts."""
     ids, flags = [], bytearray()
-    for segment in segments:
-        text, supervised = segment
-        if is_text(segment):
-            part = next(encoded)
+    for text, supervised in segments:
+        if text is EOT:
+            part = [encoding.eot_token]
+        elif isinstance(text, Special):
+            part = [encoding.encode_single_token(text)]
         else:
-            part = [encoding.eot_token if text is EOT else encoding.encode_single_token(text)]
+            part = next(encoded)
         ids += part
         flags += bytes([SUPERVISED if supervised or train_on_prompt else 0]) * len(part)
     flags[0] = START  # nothing stands before the first token, so nothing can predict it
@@ -169,7 +166,7 @@ def join(segments, encoded, encoding, train_on_prompt):
 
 def encode(segments, encoding, train_on_prompt=False):
     """(ids, flags) of one example or prompt."""
-    encoded = (encoding.encode_ordinary(segment[0]) for segment in segments if is_text(segment))
+    encoded = (encoding.encode_ordinary(text) for text, _ in segments if not isinstance(text, Special))
     return join(segments, encoded, encoding, train_on_prompt)
 
 
@@ -182,7 +179,7 @@ def tokenise(texts, encoding, pool):
 
 def encode_all(examples, encoding, pool, train_on_prompt):
     """Yields (ids, flags) of each example, a list of segments, in order."""
-    texts = [segment[0] for segments in examples for segment in segments if is_text(segment)]
+    texts = [text for segments in examples for text, _ in segments if not isinstance(text, Special)]
     encoded = tokenise(texts, encoding, pool)
     for segments in examples:
         yield join(segments, encoded, encoding, train_on_prompt)

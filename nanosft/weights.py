@@ -10,7 +10,7 @@ import torch
 
 from nanosft.console import UserError
 from nanosft.files import read_json, write_json
-from nanosft.hub import INDEX, cached, download, files_of
+from nanosft.hub import INDEX, cached, download, shards_of
 from nanosft.tensors import read_pickle, read_safetensors, read_tensors, write_safetensors
 
 # n_layer, n_head, n_embd of OpenAI's weights
@@ -164,7 +164,7 @@ def read_nanogpt(path):
 
 def weight_files(path):
     """What locate has found, or the files that it names where it is their index."""
-    return files_of(path.parent) if path.name == INDEX else [path]
+    return shards_of(path) if path.name == INDEX else [path]
 
 
 def read_pretrained(path, dtype):
