@@ -19,7 +19,7 @@ MUTATIONS = {
     "stop not supervised": ('''return [*segments, (EOT, True)]''', '''return [*segments, (EOT, False)]'''),
     "stop of alpaca not supervised": ('''[(answer, True), (EOT, True)]''', '''[(answer, True), (EOT, False)]'''),
     "prompt supervised": ('''(f"{role}\\n{content}", False)''', '''(f"{role}\\n{content}", True)'''),
-    "special text encoded as special": ('''encoding.encode_ordinary(segment[0])''', '''encoding.encode(segment[0], allowed_special="all")'''),
+    "special text encoded as special": ('''(encoding.encode_ordinary(text) for text, _ in''', '''(encoding.encode(text, allowed_special="all") for text, _ in'''),
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
     "checksum of a shard not verified": ('''or crc32_of(path) != checksum:''', '''or not crc32_of(path):'''),
     "checksum of meta.json not verified": ('''meta.get("checksum") == checksum_of(meta)''', '''bool(checksum_of(meta))'''),

@@ -15,7 +15,7 @@ from model import IGNORE_INDEX
 from nanosft.console import UserError
 from nanosft.records import to_messages
 from nanosft.shards import START, SUPERVISED, Shards, examples_of_step, load_meta, micro_batches, order_of_epoch
-from nanosft.templates import as_rendered, chat_template, encode, get_encoding, render
+from nanosft.templates import EOT, as_rendered, chat_template, encode, get_encoding, render
 from prepare_data import PrepareConfig
 
 BYTES = get_encoding("bytes")
@@ -134,7 +134,7 @@ def jinja(wording, messages, unanswered=False):
 def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
     def own(record, wording, stop=None):
         segments = render(to_messages(record, wording)[:stop], wording)
-        return "".join("⏹" if text is None else text for text, _ in segments)
+        return "".join("⏹" if text is EOT else text for text, _ in segments)
 
     assert jinja(spec("chat"), CONVERSATION) == own({"messages": CONVERSATION}, spec("chat"))
     assert jinja(spec("chat"), CONVERSATION[:-1], True) == own({"messages": CONVERSATION}, spec("chat"), -1)
