@@ -320,10 +320,13 @@ class GPT(nn.Module):
         weight = self.lm_head.weight if self.lm_head else self.wte.weight
         if x.dtype.itemsize > 2:
             return F.linear(x, weight)
+        return torch.addmm(-self.shift(x).to(x.dtype), x, weight.t())
+
+    def shift(self, x):
+        """x·mean_row of `logits`, (N, 1), float32. Its gradient takes the mean out of backward, too."""
+        weight = self.lm_head.weight if self.lm_head else self.wte.weight
         sample = weight.detach()[::max(1, len(weight) // 512)]
-        mean_row = sample.mean(0, dtype=torch.float32)  # (C,)
-        bias = -(x.float() @ mean_row)[:, None].to(x.dtype)  # (N, 1); its gradient takes the mean out of backward, too
-        return torch.addmm(bias, x, weight.t())
+        return (x.float() @ sample.mean(0, dtype=torch.float32))[:, None]
 
     def forward(self, idx, targets=None, lengths=None, reduction="sum"):
         """Logits or, with `targets`, the sum (not the mean) of the losses of all targets that are not IGNORE_INDEX.
@@ -391,17 +394,27 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, stop=None, n_vocab=None,
-                 generator=None):
+                 repetition_penalty=1.0, generator=None):
         """Continues `prompts`, lists of token ids of any lengths. Yields, step by step, a list with each row's next id;
         None for rows that have ended.
 
         A row ends with `stop` (which is yielded), after max_new_tokens, or when the context is full. temperature 0
         takes the most likely token; top_k > 0 and top_p < 1 cut the distribution; ids from n_vocab on are never drawn.
+        repetition_penalty divides the positive logits of ids that a row has, and multiplies the negative ones (Keskar
+        et al. 2019).
         """
         x, cache, lengths = self.prefill(prompts, max_new_tokens)
         rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: it has ended
+        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=x.device)  # ids of each row
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
         for step in range(max_new_tokens):
             logits = at_least_float32(self.logits(x)[:, :n_vocab])
+            if repetition_penalty != 1:
+                if x.dtype.itemsize == 2:
+                    logits = logits + self.shift(x)
+                penalised = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+                logits = torch.where(seen[:, :n_vocab], penalised, logits)
             drawn = draw(logits, temperature, top_k, top_p, generator)  # (B,)
             ids = dict(zip(rows, drawn.tolist(), strict=True))
             yield [ids.get(row) for row in range(len(prompts))]
@@ -412,6 +425,8 @@ class GPT(nn.Module):
                 return
             if len(left) <= len(rows) // 2:  # to copy the cache pays once half of its rows have ended
                 rows, drawn, cache, lengths = [rows[i] for i in left], drawn[left], cache[:, :, left], lengths[left]
+                seen = seen[left]
+            seen[torch.arange(len(drawn)), drawn] = True
             x, lengths = self.decode(drawn, cache, lengths), lengths + 1
 
     @torch.inference_mode()

@@ -5,13 +5,13 @@
     python prepare_data.py --input=chats.jsonl --model=HuggingFaceTB/SmolLM2-135M-Instruct  # a model's own tokens
 
 A record is one of (its keys tell which):
-    {"instruction": ..., "input": optional, "output": ...}                 Alpaca
-    {"prompt": ..., "completion" or "response": ...}                       rendered as it is
-    {"messages": [{"role": "user", "content": ...}, ...]}                  chat (--template=chat)
-    {"conversations": [{"from": "human", "value": ...}, ...]}              ShareGPT's chat
-    {"text": ...}                                                          plain text, every token is learned
+    {"instruction": ..., "input": optional, "output": ...}      Alpaca; Dolly; question and answer; query and response
+    {"prompt": ..., "completion" or "response": ...}            rendered as it is
+    {"messages": [{"role": "user", "content": ...}, ...]}       chat; ShareGPT's conversations of from and value
+    {"text": ...}                                               plain text, every token is learned
     any columns, with --prompt_format="Title: {title}\\nCategory:" --response_format=" {category}"
 """
+import contextlib
 import json
 import os
 import re
@@ -20,8 +20,8 @@ import shutil
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import chain, groupby
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 from nanosft.chat_template import read_chat_template
@@ -29,8 +29,9 @@ from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
 from nanosft.hub import TOKENIZER
-from nanosft.records import UNREADABLE, batched, open_text, pair_of, read_records, to_messages, whole
+from nanosft.records import Message, Unusable, batched, is_missing, to_messages, whole
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
+from nanosft.sources import SEPARATOR, kind_of, paths_of, read_records
 from nanosft.templates import (
     as_rendered,
     blocks,
@@ -48,7 +49,6 @@ from nanosft.weights import base_of, locate, read_config
 
 # what an out_dir may hold to be written anew
 OURS = re.compile("|".join([r"meta\.json", r"test\.jsonl", r"(train|val)_\d{5}\.npy", *map(re.escape, TOKENIZER)]))
-SEVERAL = "conversations of several turns"
 CHUNK = 2048  # records rendered and encoded at a time
 PIECE = 1_000_000  # characters of a document tokenised at a time
 CUT = re.compile(r"(?<=\S)\n(?=\S)")  # where a document may be cut: no token of GPT-2's spans this place
@@ -57,7 +57,12 @@ CUT = re.compile(r"(?<=\S)\n(?=\S)")  # where a document may be cut: no token of
 @dataclass(frozen=True)
 class PrepareConfig:
     # data
-    input: str = ""  # path of the records: .json .jsonl .csv .tsv .txt, also .gz; '' = the bundled demo
+    input: str = ""  # .json .jsonl .csv .tsv .txt .parquet, also .gz; a directory; several with commas; '' = the demo
+    val_input: str = ""  # records to watch the loss on; '' = a share of the input
+    test_input: str = ""  # records for test.jsonl; '' = a share of the input
+    text_encoding: str = ""  # of the files, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
+    separator: str = SEPARATOR  # what stands on a line of its own between two documents of a .txt file
+    strict: bool = False  # end at the first record that cannot be used; else they are dropped and counted
     out_dir: str = ""  # where the shards go; '' = data/NAME-OF-INPUT
     val_fraction: float = 0.05  # share of the prompts held out to watch the loss
     test_fraction: float = 0.10  # share of the prompts held out as test.jsonl, to answer and score with sample.py
@@ -81,6 +86,11 @@ class PrepareConfig:
             problems.append("--response_format: needed with --prompt_format")
         if self.block_size == 1:
             problems.append("--block_size: 1 is below 2")
+        try:
+            if self.text_encoding:
+                "".encode(self.text_encoding)
+        except (LookupError, ValueError):
+            problems.append(f"--text_encoding: Python knows no {self.text_encoding!r}; try cp1252 or utf-16")
         if self.model and self.encoding:
             problems.append("--encoding: the model brings its own; give it or --model")
         if self.template == "model" and not self.model:
@@ -95,19 +105,57 @@ class PrepareConfig:
 
 # ---- input ----------------------------------------------------------------------------------------------------------
 
-def input_of(config):
-    """The path of the records."""
-    path = Path(config.input) if config.input else Path(__file__).parent / "data" / "demo.jsonl"
-    if not path.is_file():
-        raise UserError(f"--input: {config.input!r} is {'a directory' if path.is_dir() else 'not there'}; give a file")
-    if path.name.lower().removesuffix(".gz").rpartition(".")[2] not in ("json", "jsonl", "csv", "tsv", "txt"):
-        raise UserError(f"--input: {path.name} is none of .json .jsonl .csv .tsv .txt or one of them .gz; save it so")
-    return path
+@dataclass
+class Report:
+    """What became of the records."""
+    records: int = 0
+    dropped: dict = field(default_factory=dict)  # reason: [how many, where the first one is and what it has]
+    unused: Counter = field(default_factory=Counter)  # names of fields: how many records have one
+    classes: dict = field(default_factory=dict)  # fields beside "text": their values, while these are few
+    cut: int = 0  # conversations with turns at the end that nobody answered
+    several: bool = False  # some conversation has several turns
+    seen_in_training: Counter = field(default_factory=Counter)  # prompts of val or test that stand there too
+
+    def drop(self, reason, location, detail=""):
+        self.dropped.setdefault(reason, [0, f"{location}{detail and ': '}{detail}"])[0] += 1
+
+    def note_unused(self, rest, is_text):
+        """Counts the fields that were not used."""
+        for name, value in rest.items():
+            self.unused[name] += 1
+            values = self.classes.setdefault(name, set()) if is_text else set()
+            if isinstance(value, str | int) and len(values) <= 50:
+                values.add(value)
+
+    def lines(self):
+        """What is to be said about them, a line each."""
+        lines = [f"{count:,} dropped: {reason} (first: {first})" for reason, (count, first) in self.dropped.items()]
+        if self.cut:
+            lines.append(f"{self.cut:,} cut: turns at the end that nobody answered")
+        for split, count in self.seen_in_training.items():
+            lines.append(f"{count:,} prompts of {split} stand in training too")
+        if self.unused:
+            names = ", ".join(f"{name} ({count:,} records)" for name, count in self.unused.most_common())
+            lines.append(f"not used: {names}")
+        for name, values in self.classes.items():
+            if 2 <= len(values) <= 50 and 3 * len(values) <= self.unused[name]:
+                formats = '--prompt_format="{text}\\n' + name + ':" --response_format=" {' + name + '}"'
+                lines.append(f"to classify by {name}, add {formats}")
+        return lines
 
 
-def tokens_of(config):
+def files_of(config):
+    """{split: paths}: the files of the records; "" is the split that a hash of the prompt decides."""
+    if not config.input:
+        return {"": [Path(__file__).parent / "data" / "demo.jsonl"]}
+    named = {"": ("input", config.input), "val": ("val_input", config.val_input),
+             "test": ("test_input", config.test_input)}
+    return {split: paths_of(flag, names) for split, (flag, names) in named.items() if names}
+
+
+def tokens_of(config, head):
     """(encoding, spec, directory, context): how text becomes tokens, by the flags or as the model that --model names
-    has it; the directory with the model's tokenizer, or ''; its context in tokens."""
+    has it; the directory with the model's tokenizer, or ''; its context in tokens. `head`: the first records."""
     directory, context, template = "", 1024, "alpaca"
     name = config.encoding or ("gpt2" if config.input else "bytes")
     if not config.input:
@@ -127,9 +175,20 @@ def tokens_of(config):
         if read_chat_template(directory):
             template = "model"
     spec = {"template": config.template or template}
-    for field in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
-        spec[field] = getattr(config, field).replace("\\n", "\n").replace("\\t", "\t")
+    for flag in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
+        spec[flag] = getattr(config, flag).replace("\\n", "\n").replace("\\t", "\t")
+    if spec["template"] == "alpaca" and not config.template and hold_conversations(head, spec):
+        spec["template"] = "chat"
     return get_encoding(name, directory), spec, directory, context
+
+
+def hold_conversations(records, spec):
+    """Whether the first of these located records that can be used is a list of turns."""
+    for _, record in records:
+        with contextlib.suppress(Unusable):
+            messages, _ = to_messages(record, spec)
+            return messages[-1].role in ("user", "assistant") and len(messages[0].fields) == 1
+    return False
 
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
@@ -144,97 +203,133 @@ def pieces_of(text):
         start = stop
 
 
-def encode_document(path, spec, config, encoding, pool):
-    """Yields (split, record, examples) of a .txt file, which is one document: its end is held out."""
-    try:
-        with open_text(path, newline=None) as file:
-            text = file.read()
-    except UNREADABLE as error:
-        raise UserError(f"{path.name}: {error}; save or download it again as UTF-8 text") from None
+def encode_document(text, location, spec, config, encoding, pool):
+    """Yields (split, record, messages, examples) of a single document: its end is held out."""
     n_test, n_val = round(len(text) * config.test_fraction), round(len(text) * config.val_fraction)
-    n_train = len(text) - n_val - n_test
-    begin, end = encode(render([("text", {"text": ""})], spec), encoding)[0]
+    n_train, messages = len(text) - n_val - n_test, [Message("text", {"text": ""})]
+    begin, end = encode(render(messages, spec), encoding)[0]
     for split, part in (("train", text[:n_train]), ("val", text[n_train:n_train + n_val])):
         # a few pieces at a time: the ids of a text need ten times its memory
-        groups = batched((whole(piece, path.name) for piece in pieces_of(part)), 8)
+        groups = batched((whole(piece, location) for piece in pieces_of(part)), 8)
         encoded = chain.from_iterable(tokenise(group, encoding, pool) for group in groups)
         if part:
-            yield split, None, blocks(chain([[begin]], encoded, [[end]]), config.block_size)
+            yield split, None, messages, blocks(chain([[begin]], encoded, [[end]]), config.block_size)
     if n_test:
-        yield "test", {"text": text[n_train + n_val:]}, []
+        yield "test", {"text": text[n_train + n_val:]}, messages, []
 
 
-def answered_part(messages, report):
-    """The messages up to the last answer, or [] where nothing is asked or answered; `report` counts what goes."""
-    asked = [fields for role, fields in messages if role == "user"]
+def located(paths, config):
+    """Yields (location, record) of all files."""
+    for path in paths:
+        for location, record in read_records(path, config.text_encoding, config.separator):
+            yield f"{path.name}, {location}", record
+
+
+def answered_part(messages):
+    """The messages up to the last answer; Unusable where nothing is asked or answered."""
+    if messages[0].role == "text":
+        if is_missing(messages[0].fields["text"]):
+            raise Unusable("an empty text")
+        return messages
+    asked = [value for role, fields, _ in messages if role in ("user", "prompt") for value in fields.values()]
+    if asked and all(map(is_missing, asked)):
+        raise Unusable("no question")
     kept = list(messages)
-    while kept and kept[-1][0] in ("system", "user"):
+    while kept and kept[-1].role in ("system", "user", "prompt"):
         kept.pop()
-    if asked and not any(value.strip() for fields in asked for value in fields.values()):
-        report["dropped: no question"] += 1
-        return []
-    report[SEVERAL] += len(asked) > 1
-    if not kept or not any(value.strip() for value in kept[-1][1].values()):
-        report["dropped: no answer, or empty"] += 1
-        return []
-    report["cut: turns at the end that nobody answered"] += len(messages) - len(kept)
+    answers = [value for role, fields, learned in kept if role in ("assistant", "completion") and learned
+               for value in fields.values()]
+    if not answers or any(map(is_missing, answers)):
+        raise Unusable("no answer", "it is empty" if answers else "")
     return kept
 
 
-def render_all(path, spec, report):
-    """Yields (record, messages, segments) for each record that has something to learn. All must be of one kind."""
-    first_kind = None
-    for location, record in read_records(path):
-        report["records"] += 1
+def as_turns(messages):
+    """A prompt and its answer as a question and its answer, for a template that was named; others as they are."""
+    roles = {"prompt": "user", "completion": "assistant"}
+    return [message._replace(role=roles[message.role], fields={"content": next(iter(message.fields.values()))})
+            if message.role in roles else message for message in messages]
+
+
+def render_all(records, spec, config, report, kinds):
+    """Yields (location, record, messages, segments) for each record that has something to learn. All must be of one
+    kind, the first one's, which `kinds` keeps."""
+    for location, record in records:
+        report.records += 1
         try:
-            messages = to_messages(record, spec)
-            kind = messages[0][0] if messages[0][0] in ("text", "prompt") else "conversation"
-            if kind == "prompt" and not spec["response_format"]:
-                kind = " and ".join(pair_of(record))
-            first_kind = first_kind or kind
-            if kind != first_kind:
-                raise UserError(f"a {kind} record among {first_kind} records; prepare each kind by itself")
-            messages = answered_part(messages, report)
-            if messages:
-                yield record, messages, render(messages, spec)
+            messages, rest = to_messages(record, spec)
+            if config.template in ("alpaca", "chat") and not spec["response_format"]:
+                messages = as_turns(messages)
+            kept = answered_part(messages)
+            kind = kept[0].role if kept[0].role in ("text", "prompt") else "conversation"
+            if kind != kinds.setdefault("first", kind):
+                raise Unusable("not of the kind of the first", f"a {kind} among {kinds['first']} records")
+            segments = render(kept, spec)
+        except Unusable as error:
+            if config.strict:
+                raise UserError(f"{location}: {error}") from None
+            report.drop(error.reason, location, error.detail)
+            continue
         except UserError as error:
-            raise UserError(f"{path.name}, {location}: {error}") from None
+            raise UserError(f"{location}: {error}") from None
+        report.note_unused(rest, kind == "text")
+        report.cut += len(kept) < len(messages)
+        report.several |= sum(message.role == "user" for message in kept) > 1
+        yield location, record, kept, segments
 
 
-def encode_records(records, config, encoding, pool, report):
-    """Yields (split, record, examples) for each of `render_all`'s that stays; `report` counts the others."""
+def encode_records(records, split, config, encoding, pool, report, prompts):
+    """Yields (split, record, messages, examples) for each of `render_all`'s that stays. `prompts`: the hashes of those
+    in training, where other splits have files of their own."""
     seen, max_tokens = set(), config.block_size + 1
     for chunk in batched(records, CHUNK):
-        status(f"{report['records']:,} records")
+        status(f"{report.records:,} records")
         encoded = encode_all([segments for *_, segments in chunk], encoding, pool, config.train_on_prompt)
-        for (record, messages, segments), (ids, flags) in zip(chunk, encoded, strict=True):
+        for (location, record, messages, segments), (ids, flags) in zip(chunk, encoded, strict=True):
             share, digest = fingerprints(segments, config.seed)
-            is_text, is_long = messages[0][0] == "text", len(ids) > max_tokens
-            if is_long and not is_text:
-                report[f"dropped: longer than --block_size={config.block_size}"] += 1
+            is_text, own = messages[0].role == "text", split
+            if len(ids) > max_tokens and not is_text:
+                report.drop(f"longer than --block_size={config.block_size}", location)
             elif digest in seen:
-                report["dropped: exact duplicates"] += 1
+                report.drop("exact duplicates", location)
             else:
                 seen.add(digest)
-                split = "train"
-                if share < config.test_fraction + config.val_fraction:
-                    split = "test" if share < config.test_fraction else "val"
-                yield split, record, blocks([ids], config.block_size) if is_text else [(ids, flags)]
+                if not split:
+                    held_out = share < config.test_fraction + config.val_fraction
+                    own = "train" if not held_out else "test" if share < config.test_fraction else "val"
+                if own == "train" and (config.val_input or config.test_input):
+                    prompts.add(share)
+                elif split and share in prompts:
+                    report.seen_in_training[split] += 1
+                yield own, record, messages, blocks([ids], config.block_size) if is_text else [(ids, flags)]
+
+
+def encode_sources(sources, is_document, spec, config, encoding, pool, report):
+    """Yields (split, record, messages, examples) of all records, {split: located records}."""
+    prompts, kinds = set(), {}
+    for split, records in sources.items():
+        if is_document and not split:
+            location, record = next(records)
+            kinds["first"] = "text"
+            yield from encode_document(record["text"], location, spec, config, encoding, pool)
+        else:
+            rendered = render_all(records, spec, config, report, kinds)
+            yield from encode_records(rendered, split, config, encoding, pool, report, prompts)
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 def write_shards(parts, work, config, encoding):
-    """Writes the shards and test.jsonl of `parts`, (split, record, examples). Returns the counts of each split, the
-    examples to show and the first record."""
+    """Writes the shards and test.jsonl of `parts`, (split, record, messages, examples). Returns the counts of each
+    split, the examples to show and the first messages."""
     writers = {split: ShardWriter(work, split, encoding.n_vocab, config.shard_tokens) for split in ("train", "val")}
     shown, first, n_test = [], None, 0
     # half a surrogate pair, which a field that is not used may hold, stays the escape that it was
     with open(work / "test.jsonl", "w", encoding="utf-8", errors="backslashreplace") as test_file:
-        for split, record, examples in parts:
-            first = first or record
+        for split, record, messages, examples in parts:
+            first = first or messages
             if split == "test":
-                test_file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                test_file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")
                 n_test += 1
                 continue
             for ids, flags in examples:
@@ -259,26 +354,37 @@ def publish(work, out_dir):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_out_dir(out_dir, path):
-    """UserError where the shards cannot replace what stands at `out_dir`; `path` is the input."""
+def check_out_dir(out_dir, paths):
+    """UserError where the shards cannot replace what stands at `out_dir`; `paths` are the input."""
     if out_dir.is_file():
         raise UserError(f"--out_dir={out_dir} is a file; name a directory")
     for file in out_dir.glob("*"):
         if not OURS.fullmatch(file.name):
             raise UserError(f"--out_dir={out_dir} holds files that are not ours ({file.name}); name another directory")
-    if path.resolve().parent == out_dir.resolve():
-        raise UserError(f"--out_dir={out_dir} holds --input itself and is written anew; name another directory")
+    if any(path.resolve().parent == out_dir.resolve() for path in paths):
+        raise UserError(f"--out_dir={out_dir} holds the input itself and is written anew; name another directory")
 
 
 def preview(ids, flags, encoding):
-    """The example as text: supervised tokens green on a terminal, between >>> and <<< elsewhere."""
+    """The example as text: supervised tokens green on a terminal, between >>> and <<< elsewhere. A backslash stands
+    before text that only looks like a special token."""
     on, off, texts = ">>>", "<<<", []
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         on, off = "\033[32m", "\033[0m"
-    for supervised, tokens in groupby(zip(ids, flags, strict=True), key=lambda token: token[1] & SUPERVISED):
+    special = re.compile("|".join(map(re.escape, encoding.special_tokens_set)))
+    ids_of = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
+
+    def kind(token):
+        return token[0] in ids_of, token[1] & SUPERVISED
+
+    was_supervised = 0
+    for (is_special, supervised), tokens in groupby(zip(ids, flags, strict=True), key=kind):
         text = encoding.decode([token for token, _ in tokens])
-        texts.append(on + text + off if supervised else text)
-    return "".join(texts)
+        if supervised != was_supervised:
+            texts.append(on if supervised else off)
+        texts.append(text if is_special else special.sub(r"\\\g<0>", text))
+        was_supervised = supervised
+    return "".join(texts) + (off if was_supervised else "")
 
 
 def print_report(meta, report, out_dir):
@@ -289,9 +395,8 @@ def print_report(meta, report, out_dir):
         print(f"{split:6s}{counts['examples']:10,} examples {counts['tokens']:12,} tokens, {share:6.1%} supervised, "
               f"longest {counts['longest']:,}")
     print(f"test  {meta['test']['examples']:10,} records in {out_dir / 'test.jsonl'}")
-    for reason, count in report.items():
-        if count and reason not in ("records", SEVERAL):
-            print(f"{count:,} {reason}")
+    for line in report.lines():
+        print(line)
     if not meta["val"]["examples"]:
         print("warning: the validation split is empty; train.py then keeps the last weights, not the best "
               "(--val_fraction, or more records)")
@@ -305,21 +410,23 @@ def print_report(meta, report, out_dir):
 
 def main(config):
     """Prepares config.input into config.out_dir and returns what meta.json holds."""
-    report = Counter()
-    path = input_of(config)
-    stem, kind = os.path.splitext(path.name.removesuffix(".gz"))
-    out_dir = Path(config.out_dir or Path("data") / stem)
-    check_out_dir(out_dir, path)
-    encoding, spec, directory, context = tokens_of(config)
+    report, files = Report(), files_of(config)
+    paths = [path for own in files.values() for path in own]
+    name = Path(config.input).name if os.path.isdir(config.input) else paths[0].name
+    out_dir = Path(config.out_dir or Path("data") / os.path.splitext(name.removesuffix(".gz"))[0])
+    check_out_dir(out_dir, paths)
+    config = replace(config, val_fraction=0 if config.val_input else config.val_fraction,
+                     test_fraction=0 if config.test_input else config.test_fraction)
+    sources = {split: located(own, config) for split, own in files.items()}
+    head = list(islice(sources[""], 20))
+    sources[""] = chain(head, sources[""])
+    encoding, spec, directory, context = tokens_of(config, head)
     full_spec = bring_tokenizer(spec, encoding, directory)
+    are_texts = all(kind_of(path) == "text" for path in paths)
     if not config.block_size:
-        config = replace(config, block_size=min(context, 1024) if kind.lower() == ".txt" else context)
+        config = replace(config, block_size=min(context, 1024) if are_texts else context)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        if kind.lower() == ".txt":
-            parts = encode_document(path, full_spec, config, encoding, pool)
-        else:
-            records = render_all(path, full_spec, report)
-            parts = encode_records(records, config, encoding, pool, report)
+        parts = encode_sources(sources, are_texts and len(head) == 1, full_spec, config, encoding, pool, report)
         # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
         place = out_dir.resolve()
         work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
@@ -327,9 +434,9 @@ def main(config):
         try:
             counts, shown, first = write_shards(parts, work, config, encoding)
             if not counts["train"]["examples"]:
-                why = ", ".join(f"{count} {reason}" for reason, count in report.items() if count) or "it is empty"
-                raise UserError(f"--input: {path.name} leaves nothing to train on ({why})")
-            prompt = {**as_rendered(first, spec), "turns": "several" if report[SEVERAL] else "one"}
+                why = "; ".join([f"{report.records} records", *report.lines()]) if report.records else "it is empty"
+                raise UserError(f"--input: {paths[0].name} leaves nothing to train on ({why})")
+            prompt = {**as_rendered(first, spec), "turns": "several" if report.several else "one"}
             model = config.model
             if model and Path(model).exists():
                 model = str(Path(model).resolve())
@@ -338,7 +445,8 @@ def main(config):
             meta = write_meta(work, {
                 "format_version": FORMAT_VERSION, "encoding": encoding.name, "vocab_size": encoding.n_vocab,
                 "stop": stop_token({**full_spec, **prompt}, encoding), "block_size": config.block_size, "model": model,
-                "seed": config.seed, "source": path.name, "source_sha256": sha256_of(path), "prompt": prompt, **counts})
+                "seed": config.seed, "source": ",".join(path.name for path in paths),
+                "source_sha256": sha256_of(*paths), "prompt": prompt, **counts})
             publish(work, place)
         finally:
             shutil.rmtree(work, ignore_errors=True)

@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import copy
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
 from nanosft.flags import check, run
-from nanosft.records import NAME, read_records, to_messages
+from nanosft.records import NAME, Message, take, text_of, to_messages
 from nanosft.score import score, summary
 from nanosft.shards import load_meta
+from nanosft.sources import kind_of, open_text, read_records
 from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token
 from nanosft.weights import base_of, locate, weight_files
 
@@ -35,7 +37,8 @@ class SampleConfig:
     model: str = "out"  # an out_dir of train.py, a Hugging Face directory, owner/name, or gpt2 ...; several with commas
     data_dir: str = ""  # prepared data whose template to use; '' = the one stored with the model, else plain text
     # what to answer
-    prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat
+    prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat; texts: their beginning
+    prompt_file: str = ""  # a file that holds the prompt
     input: str = ""  # Alpaca's input to the prompt
     system: str = ""  # system prompt, for a template that has one
     answer: str = ""  # a half-written answer to go on with
@@ -47,6 +50,8 @@ class SampleConfig:
     temperature: float = 0.0  # 0 = always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0 = all
     top_p: float = 1.0  # draw from the smallest set of tokens with this probability
+    repetition_penalty: float = 1.0  # above 1: tokens that have been there become less likely
+    stop: str = ""  # text that ends an answer, too, such as "\\n"
     max_new_tokens: int = 256  # longest answer
     num_samples: int = 1  # answers to one prompt
     seed: int = 1337  # of the draws
@@ -61,10 +66,18 @@ class SampleConfig:
             problems.append(f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p: {self.top_p} is not in (0, 1]")
-        if self.export and "," in str(self.model):
+        if not 0 < self.repetition_penalty < float("inf"):
+            problems.append(f"--repetition_penalty: {self.repetition_penalty} is no number above 0; 1 changes nothing")
+        if self.export and len(names_of(str(self.model))) > 1:
             problems.append("--export: writes one model; name one with --model")
+        object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
         check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1, "top_k": 0, "seed": 0},
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems=problems)
+
+
+def names_of(models):
+    """The models that --model names; a path may have a comma."""
+    return [models] if Path(models).exists() else models.split(",")
 
 
 STORED = ("template", "prompt_format", "response_format", "turns", "encoding")  # in prompt.json
@@ -91,13 +104,14 @@ class LoadedModel:
     def prompt_ids(self, messages):
         """The ids that stand before the answer, by the renderer that made the training data."""
         if self.spec is None:
-            return self.encoding.encode_ordinary(messages[-1][1]["content"]) or [self.encoding.eot_token]
+            text = "\n\n".join(filter(None, messages[-1].fields.values()))
+            return self.encoding.encode_ordinary(text) or [self.encoding.eot_token]
         return encode(render(messages, self.spec), self.encoding)[0]
 
     def generate(self, prompts, config):
         """Yields, step by step, a list with the next id of each row's answer; None from its stop on."""
         for ids in self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                       self.stop, self.encoding.n_vocab):
+                                       self.stop, self.encoding.n_vocab, config.repetition_penalty):
             yield [None if token == self.stop else token for token in ids]
 
 
@@ -139,7 +153,7 @@ def load(config):
     dtype = pick_dtype("float32" if config.export else config.dtype, device)
     if device.type == "cpu":
         keep_freed_memory()
-    names = config.model.split(",")
+    names = names_of(config.model)
     paths = [locate(name) for name in names]
     if config.data_dir:
         meta = load_meta(config.data_dir)
@@ -174,35 +188,50 @@ def load(config):
 def prompt_messages(text, config, spec):
     """What a person types, as the messages of a record that lacks its answer."""
     if spec and spec["template"] == "text":
-        return [("opening", {"text": text})]
+        return [Message("opening", {"text": text})]
     if not spec or not spec["response_format"]:
-        system = [("system", {"content": config.system})] if config.system else []
-        return [*system, ("user", {"content": text, "input": config.input})]
+        system = [Message("system", {"content": config.system})] if config.system else []
+        return [*system, Message("user", {"content": text, "input": config.input})]
     columns = NAME.findall(spec["prompt_format"])
-    record = dict.fromkeys(columns, text)  # where the prompt has one column, or none
+    if len(columns) < 2:
+        return [Message("prompt", dict.fromkeys(columns, text))]
     try:
-        if len(columns) > 1:
-            record = json.loads(text)
-        return to_messages(record, spec, answered=False)
+        return to_messages(json.loads(text), spec, answered=False)[0]
     except (ValueError, RecursionError):
         example = ", ".join(f'"{name}": "..."' for name in columns)
         raise UserError(f"--prompt: this model reads the columns {', '.join(columns)}; give a JSON object, "
                         f"'{{{example}}}'") from None
 
 
+def before(text, stop):
+    """The text up to --stop."""
+    return text.partition(stop)[0] if stop else text
+
+
 def stream(loaded, prompt, config):
-    """Prints the answer to one prompt as it is made, whole characters only; returns its ids."""
-    if "," in config.model:
+    """Prints the answer to one prompt as it is made, whole characters only; returns its text."""
+    if len(names_of(config.model)) > 1:
         print(f"{loaded.name}: ", end="")
     print(config.answer, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    answer = loaded.encoding.encode_ordinary(config.answer)
+    decoder, made, shown, token = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", 0, None
+    answer, count = loaded.encoding.encode_ordinary(config.answer), 0
     for (token,) in loaded.generate([prompt + answer], config):
-        if token is not None:
-            answer.append(token)
-            print(decoder.decode(loaded.encoding.decode_single_token_bytes(token)), end="", flush=True)
-    print(decoder.decode(b"", final=True), flush=True)
-    return answer
+        if token is None:
+            break
+        made, count = made + decoder.decode(loaded.encoding.decode_single_token_bytes(token)), count + 1
+        text = before(made, config.stop)
+        # what may be the beginning of --stop waits
+        until = max(shown, len(text) - (max(0, len(config.stop) - 1) if text == made else 0))
+        print(text[shown:until], end="", flush=True)
+        shown = until
+        if text != made:
+            token = None
+            break
+    made += decoder.decode(b"", final=True)
+    print(before(made, config.stop)[shown:], flush=True)
+    if token is not None and count < config.max_new_tokens:
+        print(f"(cut: the context of {loaded.model.config.block_size:,} tokens is full)")
+    return config.answer + before(made, config.stop)
 
 
 def reply(loaded, text, turns, config):
@@ -216,7 +245,7 @@ def reply(loaded, text, turns, config):
         print("(the context is full: the oldest turn is forgotten)")
     answer = stream(loaded, loaded.prompt_ids([*system, *turns, *turn]), config)
     if loaded.keeps_turns():
-        turns += [*turn, ("assistant", {"text": loaded.encoding.decode(answer)})]
+        turns += [*turn, Message("assistant", {"text": answer})]
 
 
 def chat(models, config):
@@ -242,19 +271,41 @@ def chat(models, config):
 
 # ---- files of records -----------------------------------------------------------------------------------------------
 
+def as_trained(messages, spec):
+    """A record's messages in the words that the model was trained on, if they are others."""
+    if not spec or messages[0].role not in ("prompt", "user", "system"):
+        return messages
+    columns, asked = NAME.findall(spec["prompt_format"]), messages[-1]
+    text = "\n\n".join(value for value in map(str, asked.fields.values()) if value)
+    if spec["template"] == "text" and not spec["response_format"]:
+        return [Message("opening", {"text": text})]
+    if spec["response_format"] and list(asked.fields) != columns:
+        if len(columns) != 1:
+            raise UserError(f"this model reads the columns {', '.join(columns) or 'none'}; give records that have them")
+        return [Message("prompt", {columns[0]: text})]
+    if not spec["response_format"] and asked.role == "prompt":
+        return [*messages[:-1], Message("user", {"content": text})]
+    return messages
+
+
 def read_prompts(records, loaded, config):
     """(prompts as ids, reference answers, None where a record has none) of located records."""
     prompts, references = [], []
+    spec = loaded.spec or {"template": "", "prompt_format": "", "response_format": ""}
     for location, record in records:
         try:
-            messages, reference = to_messages(record, loaded.spec, answered=False), None
-            if messages[-1][0] in ("assistant", "completion"):
-                _, fields = messages.pop()
-                reference = next(iter(fields.values())) or None
-            if not messages or messages[0][0] == "text":
+            messages, rest = to_messages(record, spec, answered=False)
+            reference = None
+            if messages[-1].role in ("assistant", "completion"):
+                reference = next(iter(messages.pop().fields.values())) or None
+            elif spec["response_format"]:  # its answer may stand under another name
+                name, answer = take(rest, "answer")
+                reference = text_of(answer, name) if name else None
+            if not messages or messages[0].role == "text":
                 raise UserError("nothing is asked before the answer; give each record a prompt")
-            if config.system and messages[0][0] == "user":
-                messages.insert(0, ("system", {"content": config.system}))
+            messages = as_trained(messages, loaded.spec)
+            if config.system and messages[0].role == "user":
+                messages.insert(0, Message("system", {"content": config.system}))
             prompts.append(loaded.prompt_ids(messages))
             references.append(reference)
         except UserError as error:
@@ -265,27 +316,34 @@ def read_prompts(records, loaded, config):
 def answer_all(loaded, prompts, config):
     """The answers to all prompts as texts, in batches of like length; None where a prompt is too long."""
     context = loaded.model.config.block_size
-    answers = [[] if len(prompt) <= context else None for prompt in prompts]  # ids
+    answers, cut = [[] if len(prompt) <= context else None for prompt in prompts], Counter()  # ids
     order = sorted((i for i, answer in enumerate(answers) if answer is not None), key=lambda i: len(prompts[i]))
     if len(order) < len(prompts):
         print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens "
               "and get no response")
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
+        step = []
         for step in loaded.generate([prompts[i] for i in batch], config):
             for i, token in zip(batch, step, strict=True):
                 if token is not None:
                     answers[i].append(token)
+        for i, token in zip(batch, step, strict=True):
+            if token is not None:
+                cut["--max_new_tokens" if len(answers[i]) == config.max_new_tokens else "the context"] += 1
         done = start + len(batch)
         status(f"{done:,} of {len(order):,} answered", end=done == len(order))
-    return [None if answer is None else loaded.encoding.decode(answer) for answer in answers]
+    for limit, count in cut.items():
+        print(f"{count:,} answers were cut by {limit}")
+    return [None if answer is None else before(loaded.encoding.decode(answer), config.stop) for answer in answers]
 
 
 def answer_file(models, config):
     """Answers every record with every model, writes the records with their responses, and scores them."""
     path, results = Path(config.file), {}
-    if not path.is_file():
-        raise UserError(f"--file: {path} is not there; prepare_data.py leaves the held-out records in test.jsonl")
+    if not path.is_file() or not kind_of(path):
+        fault = "no file of records" if path.is_file() else "not there"
+        raise UserError(f"--file: {path} is {fault}; prepare_data.py leaves the held-out records in test.jsonl")
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
     records = list(read_records(path))
@@ -294,7 +352,7 @@ def answer_file(models, config):
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
         for loaded in models:
             if loaded.spec is None:
-                raise UserError(f"--file: {loaded.name} has no template of its own; give --data_dir, which has one")
+                print(f"{loaded.name} has no template of its own: the prompts go raw (--data_dir names one)")
             prompts, references = read_prompts(records, loaded, config)
             key = "response"
             if len(models) > 1:
@@ -307,7 +365,7 @@ def answer_file(models, config):
                 record[key] = response
             results[loaded.name] = score(loaded, prompts, responses, references, config.labels)
         for _, record in records:  # half a surrogate pair, which a field may hold, stays the escape that it was
-            file.write((json.dumps(record, ensure_ascii=False) + "\n").encode(errors="backslashreplace"))
+            file.write((json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {config.output}")
     summary(results)
     return results if len(models) > 1 else results[models[0].name]
@@ -334,13 +392,16 @@ def main(config):
         return export(models[0], config.export)
     if config.file:
         return answer_file(models, config)
-    if not config.prompt:
+    prompt, answers = config.prompt, []
+    if config.prompt_file:
+        with open_text(Path(config.prompt_file), newline=None) as file:
+            prompt = file.read().removesuffix("\n")
+    if not prompt and not all(loaded.spec and loaded.spec["template"] == "text" for loaded in models):
         return chat(models, config)
-    answers = []
     for loaded in models:
-        prompt = loaded.prompt_ids(prompt_messages(config.prompt, config, loaded.spec))
+        ids = loaded.prompt_ids(prompt_messages(prompt, config, loaded.spec))
         for _ in range(config.num_samples):
-            answers.append(loaded.encoding.decode(stream(loaded, prompt, config)))
+            answers.append(stream(loaded, ids, config))
     return answers
 
 

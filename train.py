@@ -164,6 +164,11 @@ def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
     return peak + (min_lr - peak) * progress
 
 
+def peak_of(config, base):
+    """The highest learning rate, by what training began with."""
+    return config.learning_rate or (2e-3 if base["name"] == "scratch" else 2e-4 if config.lora_rank else 5e-5)
+
+
 def tokens_at_once(config, device, longest, n_embd):
     """How many tokens a micro-batch may have, rows times the longest. A CPU is busy with a few hundred wide ones; more
     save time only where the gradients of all weights are added up for each micro-batch."""
@@ -242,13 +247,16 @@ def resume(config, out_dir):
     values, tensors = load_checkpoint(out_dir / "ckpt.pt")
     with undamaged(out_dir / "ckpt.pt"):
         saved = TrainConfig(**values["config"])
+        used = {"learning_rate": peak_of(saved, values["base"]), "init_from": values["base"]["name"],
+                "max_examples": saved.max_examples or "all",
+                "warmup_steps": saved.warmup_steps or round(saved.warmup_ratio * values["steps"])}  # a 0's meaning
     changes, fixed = {"resume": True, "overwrite": False, "out_dir": config.out_dir}, []
     for name, value in dataclasses.asdict(config).items():
-        before = getattr(saved, name)
+        before = used.get(name, getattr(saved, name))
         moved_base = name == "init_from" and saved.lora_rank  # its hash decides
         if name in config.given and (name in MAY_CHANGE or moved_base):
             changes.setdefault(name, value)
-        elif name in config.given and value != before:
+        elif name in config.given and value not in (before, getattr(saved, name)):
             fixed.append(f"--{name}={value} (it ran with {before})")
     if fixed:
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
@@ -397,9 +405,7 @@ def set_up(config, device):
     max_tokens = tokens_at_once(config, device, int(data.lengths.max()), model.config.n_embd)
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
                                      weight_decay=config.weight_decay, low_memory=config.low_memory))
-    from_scratch = base["name"] == "scratch"
-    steps = planned_steps(config, len(data), from_scratch)
-    learning_rate = config.learning_rate or (2e-3 if from_scratch else 2e-4 if config.lora_rank else 5e-5)
+    steps = planned_steps(config, len(data), base["name"] == "scratch")
     if values:
         with undamaged(Path(config.out_dir) / "ckpt.pt"):
             vars(state).update(values["state"])
@@ -412,7 +418,8 @@ def set_up(config, device):
     if encoding.name == "gpt2" and base["name"] != "scratch":
         with contextlib.suppress(UserError):  # the base of a run that goes on may be gone
             tokenizer = locate(base["name"]).parent
-    return Run(config, meta, data, val, model, base, state, steps, learning_rate, max_tokens, encoding, spec, tokenizer)
+    peak = peak_of(config, base)
+    return Run(config, meta, data, val, model, base, state, steps, peak, max_tokens, encoding, spec, tokenizer)
 
 
 def describe(run):

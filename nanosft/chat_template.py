@@ -13,11 +13,13 @@ from pathlib import Path
 
 from nanosft.console import UserError
 from nanosft.files import read_json
+from nanosft.records import Message, Unusable
 
 PAD = "\u2003"  # white space around a placeholder: gone where the template strips the content
 MARK = "pLace\n\n holder's <é> & \"{"  # a template that changes contents is likely to change this
 PLACEHOLDER = f"{PAD}?{re.escape(MARK)}[0-9]+;{PAD}?"
 STRIP = {(True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip}
+UNFIT, REMEDY = "the chat template does not fit", "prepare with --template=chat"
 ROLES = {"prompt": "user", "completion": "assistant"}  # a pair of texts is a question and its answer
 
 
@@ -43,74 +45,74 @@ def render_chat_template(messages, spec):
     """The segments, (text or Special, supervised), of messages. Those that end with an answer give a training example;
     others give the prompt for sampling, which is the beginning of that example, token for token: a text ends where a
     prompt does. What follows is supervised, up to the first special token after the answer."""
-    roles = tuple(ROLES.get(role, role) for role, _ in messages)
+    roles = tuple(ROLES.get(message.role, message.role) for message in messages)
+    learned = [True, *(message.learned for role, message in zip(roles, messages, strict=True) if role == "assistant")]
     strips, segments = render_roles(spec["chat_template"], roles, spec["bos_token"], spec["eos_token"],
                                     tuple(spec["special_tokens"]))
-    contents = [strip("\n\n".join(filter(None, fields.values())))
-                for strip, (_, fields) in zip(strips, messages, strict=True)]
-    return [(text if isinstance(text, Special) else text.format(*contents), supervised)
-            for text, supervised in segments]
+    contents = [strip("\n\n".join(filter(None, message.fields.values())))
+                for strip, message in zip(strips, messages, strict=True)]
+    return [(text if isinstance(text, Special) else text.format(*contents), number > 0 and learned[number])
+            for text, number in segments]
 
 
 def stop_of(spec):
     """The special token that ends an answer."""
-    segments = render_chat_template([("user", {}), ("assistant", {})], spec)
+    segments = render_chat_template([Message("user", {}), Message("assistant", {})], spec)
     return [text for text, supervised in segments if supervised][-1]
 
 
 @lru_cache(maxsize=1000)
 def render_roles(source, roles, bos, eos, specials):
     """(strips, segments): for each message the function that does to its content what the template does, and segments
-    whose ordinary texts are format strings: {0} is the first content."""
+    whose ordinary texts are format strings, {0} is the first content, with the number of the answer that they are part
+    of, or 0."""
     text = render(source, roles, roles[-1] != "assistant", bos, eos)
     chunks, start = [], 0  # each but the first is an answer, and what follows up to the end of the next one's prompt
     for index, role in enumerate(roles):
         if role == "assistant":
             prompt = render(source, roles[:index], True, bos, eos)
             if not text.startswith(prompt):
-                raise UserError("the chat template's prompt is not the beginning of its conversation "
-                                f"({' + '.join(roles)}); prepare with --template=chat")
+                raise Unusable(UNFIT, f"its prompt is not the beginning of {' + '.join(roles)}; {REMEDY}")
             chunks.append(prompt[start:])
             start = len(prompt)
     chunks.append(text[start:])
     strips, segments = [], []
     longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
     for number, chunk in enumerate(chunks):
-        supervised, answered, ordinary = number > 0, False, ""
+        answered, ordinary = False, ""  # `number` becomes 0 where its answer has ended
         for piece in re.split(f"({'|'.join([PLACEHOLDER, *longest_first])})", chunk):
             if piece in specials:
-                segments += [(ordinary, supervised), (Special(piece), supervised)]
-                supervised, ordinary = supervised and not answered, ""
+                segments += [(ordinary, number), (Special(piece), number)]
+                number, ordinary = 0 if answered else number, ""
             elif re.fullmatch(PLACEHOLDER, piece):
                 ordinary += f"{{{len(strips)}}}"
                 strips.append(STRIP[piece.startswith(PAD), piece.endswith(PAD)])
                 answered = True
             else:
                 ordinary += piece.replace("{", "{{").replace("}", "}}")
-        segments.append((ordinary, supervised))
-        if supervised:
-            raise UserError("the chat template writes no special token after an answer, so nothing would end it; "
-                            "prepare with --template=chat")
-    return strips, [(text, supervised) for text, supervised in segments if text]
+        segments.append((ordinary, number))
+        if number:
+            raise Unusable(UNFIT, f"it writes no special token after an answer, so nothing would end it; {REMEDY}")
+    return strips, [(text, number) for text, number in segments if text]
 
 
 def render(source, roles, prompting, bos, eos):
     """The template's text for placeholders in these roles, each of them once and in order."""
     marks = [f"{MARK}{index};" for index in range(len(roles))]
     messages = [{"role": role, "content": PAD + mark + PAD} for role, mark in zip(roles, marks, strict=True)]
-    remedy = f"{'leave out the system prompt, or ' if 'system' in roles else ''}prepare with --template=chat"
+    remedy = f"leave out the system prompt, or {REMEDY}" if "system" in roles else REMEDY
     try:
         text = compile_template(source).render(messages=messages, add_generation_prompt=prompting, bos_token=bos,
                                                eos_token=eos, tools=None, documents=None)
     except Exception as error:  # the template's own, for nothing else runs in there
-        raise UserError(f"the chat template fails on {' + '.join(roles) or 'an answer without a question'}: {error}; "
-                        f"{remedy}") from None
+        said = " + ".join(roles) or "an answer without a question"
+        raise Unusable(UNFIT, f"it fails on {said}: {error}; {remedy}") from None
     found = [piece.strip(PAD) for piece in re.findall(PLACEHOLDER, text)]
     counts = Counter(found)
     for index, mark in enumerate(marks):
         if counts[mark] != 1 or found[index] != mark:
             fault = "repeats or moves" if counts[mark] else "hides or changes"
-            raise UserError(f"the chat template {fault} message {index + 1} ({roles[index]}); {remedy}")
+            raise Unusable(UNFIT, f"it {fault} message {index + 1} ({roles[index]}); {remedy}")
     return text
 
 

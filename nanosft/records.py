@@ -1,86 +1,46 @@
-"""Records of any kind, from .json, .jsonl, .csv or .tsv files, as messages: a list of (role, fields).
-
-Roles: system, user and assistant in a conversation; prompt and completion in what is rendered as it is; text.
-"""
-import csv
-import gzip
+"""A record of any kind as messages. One table says by which names people call what; nothing after it knows kinds."""
+import contextlib
 import json
 import re
-import zlib
 from itertools import islice
-from pathlib import Path
+from typing import NamedTuple
 
 from nanosft.console import UserError
 
-UNREADABLE = (ValueError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and response_format
-PAIRS = {"prompt": ("completion", "response")}  # a prompt's name, and the names that its answer may have
-ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
+
+# what a field is, and the names that it goes by, those that count more first
+NAMES = {"conversation": ("messages", "conversations", "conversation"),
+         "role": ("role", "from"), "content": ("content", "value"), "weight": ("weight",),
+         "system": ("system", "system_prompt"), "history": ("history",),
+         "question": ("instruction", "prompt", "question", "query", "input"), "context": ("input", "context"),
+         "answer": ("output", "completion", "response", "answer"), "text": ("text",)}
+ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
+         "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+CALLS = ("tool_calls", "function_call")
+EXPECTED = ("expected instruction and output, question and answer, prompt and completion, messages, conversations or "
+            "text; for other columns give --prompt_format and --response_format")
 
 
-# ---- files ----------------------------------------------------------------------------------------------------------
-
-def open_text(path, newline=""):
-    """A plain or gzipped file as UTF-8 text without its byte-order mark; with newline=None every line end is \\n."""
-    with open(path, "rb") as file:
-        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    return opener(path, "rt", encoding="utf-8-sig", newline=newline)
+class Message(NamedTuple):
+    role: str  # system, user, assistant; prompt, completion, which are rendered as they are; text
+    fields: dict  # texts by name; an answer has one
+    learned: bool = True  # of an answer
 
 
-def read_records(path):
-    """Yields (location, record) for every record of a .json, .jsonl, .csv or .tsv file, plain or .gz. UserError names
-    the location of what is damaged."""
-    name = path.name
-    kind = Path(name.removesuffix(".gz")).suffix.lower()
-    location, is_list = "line 1", False
-    try:
-        with open_text(path) as file:
-            if kind in (".csv", ".tsv"):
-                for location, record in read_table(file, name, "\t" if kind == ".tsv" else ","):
-                    yield location, record
-                return
-            is_list = kind == ".json" and file.read(64).lstrip().startswith("[")
-            file.seek(0)
-            if is_list:
-                for number, record in enumerate(json.load(file), 1):
-                    yield f"record {number}", record
-                return
-            for number, line in enumerate(file, 1):
-                location = f"line {number}"
-                if line.strip():
-                    yield location, json.loads(line)
-    except json.JSONDecodeError as error:
-        expected = "one record a line"
-        if is_list:
-            location, expected = f"line {error.lineno}", "a list of records"
-        raise UserError(f"{name}, {location}, column {error.colno}: not valid JSON ({error.msg}); expected {expected}"
-                        ) from None
-    except UserError:
-        raise
-    except UNREADABLE as error:
-        raise UserError(f"{name}, in or after {location}: {error}; save or download it again as UTF-8 {kind[1:]}"
-                        ) from None
+class Unusable(UserError):
+    """A record that cannot be used. `reason` is one of few, by which such records are counted; `detail` says more."""
 
-
-def read_table(file, name, delimiter):
-    """Yields (location, {column: text}) for every row but the first, which names the columns."""
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(file, delimiter=delimiter, strict=True)
-    columns = next(filter(None, rows), [])
-    if len(set(columns)) < len(columns):
-        raise UserError(f"{name}, line 1: duplicate column names in {columns}; rename them")
-    for row in filter(None, rows):
-        if len(row) != len(columns):
-            raise UserError(f"{name}, line {rows.line_num}: {len(row)} fields where the header has {len(columns)}; "
-                            "quote fields that hold the separator")
-        yield f"line {rows.line_num}", dict(zip(columns, row, strict=True))
+    def __init__(self, reason, detail=""):
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
 
 
 # ---- fields ---------------------------------------------------------------------------------------------------------
 
 def beginning(value):
     """The first characters of a value of any size and depth, as JSON."""
-    return "".join(islice(json.JSONEncoder().iterencode(value), 40))[:40]
+    return "".join(islice(json.JSONEncoder(default=str).iterencode(value), 40))[:40]
 
 
 def listed(names):
@@ -92,105 +52,173 @@ def whole(text, name):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{name}: half a surrogate pair ({text[error.start]!a}) is no text; repair it") from None
+        raise Unusable("broken text", f"{name}: half a surrogate pair ({text[error.start]!a}); repair it") from None
     if len(text) > 100_000 and re.search(r"\s{100000}", text):
-        raise UserError(f"{name}: 100,000 characters of white space in a row are too many for the tokenizer; cut them")
+        raise Unusable("100,000 characters of white space in a row are too many for the tokenizer", f"{name}; cut them")
     return text
 
 
 def is_missing(value):
-    """Whether a field says that there is nothing: null, an empty text, or the NaN that pandas writes."""
-    return value is None or value == "" or value != value
+    """Whether a field says that there is nothing: null, white space, an empty list, or the NaN that pandas writes."""
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or value != value or isinstance(value, list | dict) and not value
 
 
-def text_of(fields, key):
-    """A field's text. Numbers are written out; anything else is refused by name."""
-    if key not in fields:
-        raise UserError(f"{key!r} is missing; the fields are {listed(fields)}")
-    value = fields[key]
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and not is_missing(value):
+def text_of(value, name):
+    """A field's value as text: numbers are written out, true and false as in JSON, parts that are text joined."""
+    if isinstance(value, str):
+        return whole(value, repr(name))
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float) and not is_missing(value):
         return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{key!r} must be text, not {beginning(value)}")
-    return whole(value, repr(key))
+    if isinstance(value, list) and value:
+        texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+                 for part in value]
+        if all(isinstance(text, str) for text in texts):
+            return whole("".join(texts), repr(name))
+        kinds = [part["type"] for part in value if isinstance(part, dict) and part.get("type", "text") != "text"]
+        if kinds:
+            raise Unusable("a part that is no text", f"{name!r} holds {beginning(kinds[0])}")
+    raise Unusable("a field that is no text", f"{name!r} is {beginning(value)}")
 
 
 def fill(template, fields, flag):
-    """`template` with every {name} replaced by that field's text, and nothing else; UserError for an unknown name."""
+    """`template` with every {name} replaced by that field's text, and nothing else."""
     def value(match):
         if match[1] not in fields:
-            raise UserError(f"--{flag} names {{{match[1]}}}; the columns are {', '.join(map(str, fields)) or 'none'}")
-        return text_of(fields, match[1])
+            columns = ", ".join(map(str, fields)) or "none"
+            raise Unusable("a column is missing", f"--{flag} names {{{match[1]}}}; the columns are {columns}")
+        return text_of(fields[match[1]], match[1])
     return NAME.sub(value, whole(template, f"--{flag}"))
+
+
+def take(fields, kind):
+    """Takes what goes by one of a kind's names out of `fields`. Returns (name, value), or (None, None)."""
+    for name in NAMES[kind]:
+        if not is_missing(fields.get(name)):
+            return name, fields.pop(name)
+    return None, None
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------
 
 def to_messages(record, spec, answered=True):
-    """A record of any kind as messages; with answered=False it may lack its answer.
+    """(messages, rest): a record of any kind as messages, and its fields that were not used, by name. With
+    answered=False it may lack its answer. Unusable for what is no record, or lacks what it needs.
 
     `spec`: template, prompt_format and response_format, as in meta.json and prompt.json.
     """
+    if isinstance(record, list) and is_conversation(record):
+        record = {"messages": record}
     if not isinstance(record, dict):
-        hint = "; name a file that is one list .json" if isinstance(record, list) else ""
-        raise UserError(f"a record is an object with named fields, not {beginning(record)}{hint}")
-    if spec["response_format"]:
-        return by_formats(record, spec, answered)
-    if "messages" in record:
-        return conversation(record["messages"], "role", "content")
-    if "conversations" in record:
-        return conversation(record["conversations"], "from", "value")
-    if "text" in record and not {"instruction", *PAIRS} & record.keys():  # Alpaca's own file has its rendering there
-        return [("text", {"text": text_of(record, "text")})]
-    if "instruction" in record:
-        given = "" if is_missing(record.get("input")) else text_of(record, "input")
-        messages = [("user", {"content": text_of(record, "instruction"), "input": given})]
-        role, key = "assistant", "output"
-    elif pair_of(record):
-        prompt, key = pair_of(record)
-        messages, role = [("prompt", {prompt: text_of(record, prompt)})], "completion"
+        raise Unusable("a record is an object with named fields", f"not {beginning(record)}")
+    columns = NAME.findall(spec["prompt_format"])
+    if spec["response_format"] and (answered or all(name in record for name in columns)):
+        messages, rest = by_formats(record, spec, answered)
     else:
-        fields = listed(record) if record else "no fields"
-        raise UserError(f"unknown kind of record with {fields}: expected instruction and output, prompt and "
-                        "completion, messages, conversations or text (the first line of a .csv names them with "
-                        "commas, of a .tsv with tabs); for other columns give --prompt_format and --response_format")
-    if answered or key in record:
-        messages.append((role, {"text": text_of(record, key)}))
-    return messages
-
-
-def pair_of(record):
-    """The names of the prompt and of the answer in a record that is such a pair, else None."""
-    for prompt, answers in PAIRS.items():
-        if prompt in record:
-            present = [answer for answer in answers if answer in record]
-            return prompt, (present or answers)[0]
-    return None
+        messages, rest = by_names(record)
+    return messages, {name: value for name, value in rest.items() if not is_missing(value)}
 
 
 def by_formats(record, spec, answered):
     """A record of any columns, in the words of prompt_format and response_format."""
+    columns, answers = NAME.findall(spec["prompt_format"]), NAME.findall(spec["response_format"])
+    rest = {name: value for name, value in record.items() if name not in (*columns, *answers)}
     if spec["template"] == "text":
-        return [("text", {"text": fill(spec["response_format"], record, "response_format")})]
+        return [Message("text", {"text": fill(spec["response_format"], record, "response_format")})], rest
     fill(spec["prompt_format"], record, "prompt_format")  # refuses what it cannot word
-    columns = {name: record[name] for name in NAME.findall(spec["prompt_format"])}
-    messages = [("prompt", columns)]
-    if answered or all(name in record for name in NAME.findall(spec["response_format"])):
-        messages.append(("completion", {"text": fill(spec["response_format"], record, "response_format")}))
-    return messages
+    messages = [Message("prompt", {name: record[name] for name in columns})]
+    if any(name in record and is_missing(record[name]) for name in answers):
+        return messages, rest
+    if answered or all(name in record for name in answers):
+        messages.append(Message("completion", {"text": fill(spec["response_format"], record, "response_format")}))
+    return messages, rest
 
 
-def conversation(turns, role_key, content_key):
-    """OpenAI's or ShareGPT's list of turns. A role that is not known is refused: it could forge a turn."""
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"a conversation is a list of {{{role_key!r}: ..., {content_key!r}: ...}} objects")
+def by_names(record):
+    """A record whose fields have known names."""
+    rest = dict(record)
+    name, turns = take(rest, "conversation")
+    if name:
+        messages = conversation(turns, name, rest)
+        return with_system(messages, rest), rest
+    if not is_missing(rest.get("text")) and not any(name in rest for name in NAMES["answer"]):
+        return [Message("text", {"text": text_of(rest.pop("text"), "text")})], rest
+    asked, question = take(rest, "question")
+    if not asked:
+        if not is_missing(rest.get("text")):
+            return [Message("text", {"text": text_of(rest.pop("text"), "text")})], rest
+        for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
+            if any(name in rest for name in NAMES[kind]):
+                raise Unusable(reason)
+        raise Unusable("unknown kind of record", f"{listed(record) if record else 'no fields'}; {EXPECTED}")
+    name, answer = take(rest, "answer")
+    if isinstance(question, list) and is_conversation(question):  # TRL's: what comes before the completion is seen
+        messages = [message._replace(learned=False) for message in conversation(question, asked, rest)]
+        if isinstance(answer, list) and is_conversation(answer):
+            messages += conversation(answer, name, rest)
+        elif name:
+            messages.append(Message("assistant", {"text": text_of(answer, name)}))
+        return with_system(messages, rest), rest
+    if asked == "prompt":  # a prompt and its answer stay as they are
+        messages, role, key = [Message("prompt", {asked: text_of(question, asked)})], "completion", name
+    else:
+        context, given = take(rest, "context")
+        fields = {"content": text_of(question, asked), "input": text_of(given, context) if context else ""}
+        messages, role, key = with_system([*past(rest), Message("user", fields)], rest), "assistant", "text"
+    if name:
+        messages.append(Message(role, {key: text_of(answer, name)}))
+    return messages, rest
+
+
+def is_conversation(value):
+    """Whether a list is one of turns, {"role": ..., "content": ...} or with other names for these."""
+    return bool(value) and all(
+        isinstance(turn, dict) and any(name in turn for name in NAMES["role"]) for turn in value)
+
+
+def conversation(turns, name, rest):
+    """A list of turns as messages; what a turn holds beyond role and content goes to `rest`. A role that is not known
+    is refused: it could forge a turn."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # in a table
+        with contextlib.suppress(ValueError, RecursionError):
+            turns = json.loads(turns)
+    if not isinstance(turns, list) or not is_conversation(turns):
+        raise Unusable("no conversation", f"{name!r} must be a list of {{'role': ..., 'content': ...}} objects")
     messages = []
-    for turn in turns:
-        role = text_of(turn, role_key)
-        if role not in ROLES:
-            raise UserError(f"the role {role!r} is none of system, user, assistant (human, gpt)")
-        messages.append((ROLES[role], {"content": text_of(turn, content_key)}))
+    for turn in map(dict, turns):
+        (role_name, role), (content_name, content), (_, weight) = (
+            take(turn, kind) for kind in ("role", "content", "weight"))
+        if any(not is_missing(turn.get(call)) for call in CALLS):
+            raise Unusable("a tool call")
+        role = text_of(role, role_name or "role")
+        if role.lower() not in ROLES:
+            raise Unusable("an unknown role", f"{role!r} is none of system, user, assistant (human, gpt)")
+        if weight not in (None, 0, 1):
+            raise Unusable("a weight that is neither 0 nor 1", beginning(weight))
+        text = text_of(content, content_name) if content_name else ""
+        messages.append(Message(ROLES[role.lower()], {"content": text}, weight != 0))
+        rest.update({f"{field} of a turn": value for field, value in turn.items() if not is_missing(value)})
     return messages
+
+
+def with_system(messages, rest):
+    """The messages after the system prompt that stands beside them, if they have none of their own."""
+    if messages and messages[0].role == "system":
+        return messages
+    name, system = take(rest, "system")
+    return [Message("system", {"content": text_of(system, name)}), *messages] if name else messages
+
+
+def past(rest):
+    """The turns of a `history`, a list of pairs of question and answer."""
+    _, pairs = take(rest, "history")
+    if pairs is not None and not (isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)):
+        raise Unusable("a history that is no list of pairs", beginning(pairs))
+    return [Message(role, {"content": text_of(text, "history")})
+            for pair in pairs or [] for role, text in zip(("user", "assistant"), pair, strict=True)]
 
 
 def batched(items, size):

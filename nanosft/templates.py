@@ -17,7 +17,7 @@ import tiktoken
 from nanosft.chat_template import Special, read_chat_template, render_chat_template, stop_of
 from nanosft.console import UserError
 from nanosft.hub import TOKENIZER
-from nanosft.records import NAME, batched, fill, pair_of, to_messages
+from nanosft.records import NAME, Message, Unusable, batched, fill
 from nanosft.shards import START, SUPERVISED
 from nanosft.tokenizer import read_tokenizer
 
@@ -38,7 +38,8 @@ def alpaca_prompt(instruction, given):
 def render(messages, spec):
     """The segments of messages. Those that end with an answer give a training example; others give the prompt for
     sampling, which is the beginning of that example, token for token."""
-    roles, (_, first) = [role for role, _ in messages], messages[0]
+    messages = [Message(*message) for message in messages]
+    roles, first = [message.role for message in messages], messages[0].fields
     begin = Special(spec["bos_token"]) if spec.get("bos_token") else EOT
     if roles[0] == "text":
         return [(begin, False), (first["text"], True), (EOT, True)]
@@ -50,49 +51,47 @@ def render(messages, spec):
             prompt_format = f"{{{next(iter(first))}}}"
         prompt = fill(prompt_format, first, "prompt_format")
         if spec["template"] == "model":
-            return render_chat_template([("user", {"content": prompt}), *messages[1:]], spec)
+            return render_chat_template([Message("user", {"content": prompt}), *messages[1:]], spec)
         segments = [(prompt or EOT, False)]  # something must stand first
     elif spec["template"] == "model":
         return render_chat_template(messages, spec)
     elif spec["template"] == "alpaca":
         if roles not in (["user"], ["user", "assistant"]):
-            raise UserError(f"the alpaca template holds one question and one answer, not {' + '.join(roles)}; "
-                            "--template=chat holds conversations")
+            raise Unusable("the alpaca template holds one question and one answer",
+                           f"not {' + '.join(roles)}; --template=chat holds conversations")
         segments = [(alpaca_prompt(first["content"], first.get("input", "")), False)]
     elif spec["template"] == "chat":
         return render_chat(messages)
     else:
-        raise UserError(f"--template=text holds records with 'text', or --response_format; not {' + '.join(roles)}")
+        raise Unusable("--template=text holds records with 'text', or --response_format", f"not {' + '.join(roles)}")
     if len(messages) > 1:
-        answer, = messages[1][1].values()
-        segments += [(answer, True), (EOT, True)]
+        answer, = messages[1].fields.values()
+        segments += [(answer, messages[1].learned), (EOT, messages[1].learned)]
     return [(begin, False), *segments] if spec.get("starts_with_bos") else segments
 
 
 def render_chat(messages):
-    """One end-of-text stands between two turns: it closes one, supervised if that is an assistant's, and opens the
+    """One end-of-text stands between two turns: it closes one, supervised if that is an answer to learn, and opens the
     next."""
-    segments, answered = [], False
-    for role, fields in messages:
+    segments, learned = [], False
+    for role, fields, is_learned in messages:
         content = "\n\n".join(filter(None, fields.values()))
-        segments.append((EOT, answered))
-        answered = role == "assistant"
-        if answered:
-            segments += [("assistant\n", False), (content, True)]
+        segments.append((EOT, learned))
+        learned = role == "assistant" and is_learned
+        if role == "assistant":
+            segments += [("assistant\n", False), (content, learned)]
         else:
             segments.append((f"{role}\n{content}", False))
-    if answered:
-        return [*segments, (EOT, True)]
-    return [*segments, (EOT, False), ("assistant\n", False)]
+    segments.append((EOT, learned))
+    return segments if messages[-1].role == "assistant" else [*segments, ("assistant\n", False)]
 
 
-def as_rendered(record, spec):
-    """The spec by which sample.py words a prompt like this record's, whatever its kind. A document has no record."""
-    role = to_messages(record, spec)[0][0] if record else "text"
-    if role == "text":
+def as_rendered(messages, spec):
+    """The spec by which sample.py words a prompt like the one of these messages."""
+    if messages[0].role == "text":
         return {**spec, "template": "text"}
-    if role == "prompt" and not spec["response_format"]:
-        prompt, answer = pair_of(record)
+    if messages[0].role == "prompt" and not spec["response_format"]:
+        (prompt,), (answer,) = (message.fields for message in messages)
         return {**spec, "prompt_format": f"{{{prompt}}}", "response_format": f"{{{answer}}}"}
     return spec
 

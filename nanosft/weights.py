@@ -11,7 +11,7 @@ import torch
 from nanosft.console import UserError
 from nanosft.files import read_json, write_json
 from nanosft.hub import INDEX, cached, download, shards_of
-from nanosft.tensors import read_pickle, read_safetensors, read_tensors, write_safetensors
+from nanosft.tensors import read_pickle, read_tensors, write_safetensors
 
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -36,6 +36,8 @@ RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm."
            "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj",
            "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}  # model.py's names in Llama's files
 TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's files hold these as (in, out)
+BIASED = re.compile(r"(ln_.|c_\w+)\.weight$")
+PICKLES = (".bin", ".pt", ".pth")  # what torch.save writes
 MASKS = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|self_attn\.rotary_emb\.inv_freq)")  # no weights, in old files
 
 
@@ -148,18 +150,35 @@ def write_config(path, config, dtype):
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 
-def read_nanogpt(path):
-    """(pairs of name and tensor, numbers) of nanoGPT's ckpt.pt; biases that it was trained without are zeros."""
-    saved = read_pickle(path)
+def read_saved(path):
+    """(pairs of name and tensor, GPTConfig's numbers or None) of what torch.save wrote: a state dict, alone or in a
+    checkpoint such as nanoGPT's."""
+    saved, numbers = read_pickle(path), None
     try:
-        numbers = checked({name: saved["model_args"][name] for name in NUMBERS["gpt2"]}, path)
-        tensors = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in saved["model"].items()}
-        for name in list(tensors):
-            if re.search(r"(ln_.|c_\w+)\.weight$", name):
-                tensors.setdefault(name.removesuffix("weight") + "bias", torch.zeros(len(tensors[name])))
+        if "model_args" in saved:
+            numbers = checked({name: saved["model_args"][name] for name in NUMBERS["gpt2"]}, path)
+        for key in ("model", "state_dict", "model_state_dict"):
+            saved = saved.get(key, saved)
+        tensors = {str(name): saved[name] for name in list(saved)}
+        if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            return tensors.items(), numbers
     except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is no checkpoint of nanoGPT; for one of train.py name its out_dir") from None
-    return tensors.items(), numbers
+        pass
+    raise UserError(f"{path} holds no state dict of tensors, alone or as nanoGPT's ckpt.pt has it; for a checkpoint of "
+                    "train.py name its out_dir")
+
+
+def lay(state):
+    """Lays GPT-2's matrices as model.py's lie, (out, in), where they are (in, out), as OpenAI's are and nanoGPT's are
+    not; biases that nanoGPT trained without become zeros."""
+    widths = getattr(state.get("h.0.attn.c_attn.weight"), "shape", ())
+    if len(widths) == 2 and widths[1] == 3 * widths[0]:
+        for name in filter(TRANSPOSED.search, state):
+            if state[name].dim() == 2:
+                state[name] = state[name].t().contiguous()
+    elif not any(name.endswith("c_attn.bias") for name in state):
+        for name in list(filter(BIASED.search, state)):
+            state.setdefault(name.removesuffix("weight") + "bias", state[name].new_zeros(state[name].shape[:1]))
 
 
 def weight_files(path):
@@ -168,23 +187,22 @@ def weight_files(path):
 
 
 def read_pretrained(path, dtype):
-    """(state, values) of a model in a .safetensors, .bin or nanoGPT's .pt file, or several with an index: its tensors
-    in `dtype` with the names and shapes of model.py's parameters, if it is one, and its GPTConfig's values."""
-    config, from_nanogpt, state, family, values = path.parent / "config.json", path.suffix == ".pt", {}, "gpt2", None
-    if from_nanogpt:
-        tensors, values = read_nanogpt(path)
-    else:
-        tensors = (pair for file in weight_files(path) for pair in read_tensors(file))
-        if config.exists():
-            family, values = read_config(config)
+    """(state, values) of a model in a .safetensors file, one of torch.save's, or several with an index: its tensors in
+    `dtype` with the names and shapes of model.py's parameters, if it is one, and its GPTConfig's values."""
+    config, state, family, values = path.parent / "config.json", {}, "gpt2", None
+    tensors = (pair for file in weight_files(path) for pair in read_tensors(file))
+    if path.suffix in PICKLES:
+        tensors, values = read_saved(path)
+    if config.exists() and not values:
+        family, values = read_config(config)
     for name, tensor in tensors:
         name = own_name(family, name)
         if name in state:
             raise UserError(f"{path} holds {name} twice, under different prefixes; download or write it again")
-        if family == "gpt2" and TRANSPOSED.search(name) and tensor.dim() == 2 and not from_nanogpt:
-            tensor = tensor.t()  # nanoGPT's matrices lie as ours do
         if not MASKS.fullmatch(name):
             state[name] = tensor.to(dtype).contiguous()
+    if family == "gpt2":
+        lay(state)
     values = values or config_from(state, path)
     if values.get("tied_head", True):
         head = state.pop("lm_head.weight", None)
@@ -227,7 +245,8 @@ def read_adapter(directory, config):
     if not are_numbers or rank < 1 or not 0 <= alpha < math.inf or not 0 <= dropout < 1:
         raise UserError(f"{directory}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r} in "
                         "adapter_config.json make no adapter; write or download it again")
-    for name, tensor in read_safetensors(Path(directory) / "adapter_model.safetensors"):
+    old, new = (Path(directory) / f"adapter_model.{kind}" for kind in ("bin", "safetensors"))
+    for name, tensor in read_tensors(old if old.exists() and not new.exists() else new):
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
         if not match:
             raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update; expected lora_A and "
@@ -275,7 +294,7 @@ def locate(name_or_path):
     if path.is_dir():
         raise UserError(f"{path} holds neither model.safetensors nor its index nor pytorch_model.bin nor "
                         "adapter_config.json: name a directory with a model")
-    if not path.is_file() or path.suffix not in (".safetensors", ".bin", ".pt") and path.name != INDEX:
+    if not path.is_file() or path.suffix not in (".safetensors", *PICKLES) and path.name != INDEX:
         raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, a name owner/name on the hub, or the "
                         "path of a Hugging Face directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an "
                         "out_dir of train.py")

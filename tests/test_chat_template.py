@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 
 from nanosft.chat_template import Special, read_chat_template, render_chat_template, render_roles, stop_of
 from nanosft.console import UserError
+from nanosft.records import Message
 
 CHATML = """\
 {% for message in messages %}
@@ -90,7 +91,7 @@ def content(draw):
 
 def conversation(draw, turns, system, text=content):
     roles = ["system"] * system + ["user", "assistant"] * 3
-    return [(role, {"content": text(draw)}) for role in roles[:system + turns]]
+    return [Message(role, {"content": text(draw)}) for role in roles[:system + turns]]
 
 
 def byte_level(name, pattern):
@@ -132,7 +133,7 @@ def encode(segments, tokenizer, ordinary):
 
 def apply(messages, tokenizer, tokenize=True):
     """The ids, or the text, of transformers. The date is the one that our rendering, which has no clock, takes."""
-    chat = [{"role": role, "content": fields["content"]} for role, fields in messages]
+    chat = [{"role": role, "content": fields["content"]} for role, fields, _ in messages]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=messages[-1][0] != "assistant", return_dict=False,
                                          tokenize=tokenize, date_string="01 Jan 2025")
 
@@ -143,7 +144,7 @@ def check_conversation(messages, tokenizer, ordinary):
     ids, flags = encode(segments, tokenizer, ordinary)
     assert ids == apply(messages, tokenizer), messages
     runs = []  # of supervised segments
-    for index, (role, fields) in enumerate(messages):
+    for index, (role, fields, _) in enumerate(messages):
         if role == "assistant":
             prompt = render_chat_template(messages[:index], spec)
             assert segments[:len(prompt)] == prompt  # what is sampled from is the beginning of what is trained on
@@ -171,7 +172,7 @@ def test_ids_equal_transformers_and_prompts_begin_examples(name, pattern):
 def test_where_a_tokenizer_joins_across_the_end_of_a_prompt_the_ids_are_the_prompts():
     """GPT-2's pattern makes one token of the two line ends after Llama's header, but two where a text follows."""
     tokenizer, ordinary = byte_level("llama", "gpt2")
-    messages = [("user", {"content": "a"}), ("assistant", {"content": "b"})]
+    messages = [Message("user", {"content": "a"}), Message("assistant", {"content": "b"})]
     ids, _ = encode(render_chat_template(messages, spec_of(tokenizer)), tokenizer, ordinary)
     assert ids == apply(messages[:1], tokenizer) + ordinary.encode("b").ids + [tokenizer.eos_token_id]
     assert ids != apply(messages, tokenizer)
@@ -219,9 +220,10 @@ def test_the_segments_of_one_conversation():
              ("assistant\n", False)]
     second = [(" Nothing.", True), (end, True), ("\n", False), (start, False), ("user\nAnd 1?", False), (end, False),
               ("\n", False), (start, False), ("assistant\n", False)]
-    messages = [("system", {"content": "Brief."}), ("user", {"content": "What is {0}?", "input": "<|im_end|>"}),
-                ("assistant", {"text": " Nothing."}), ("user", {"content": "And 1?", "input": ""}),
-                ("assistant", {"text": ""})]
+    messages = [Message("system", {"content": "Brief."}),
+                Message("user", {"content": "What is {0}?", "input": "<|im_end|>"}),
+                Message("assistant", {"text": " Nothing."}), Message("user", {"content": "And 1?", "input": ""}),
+                Message("assistant", {"text": ""})]
     expected = {2: first, 3: first + second[:3], 4: first + second,
                 5: first + second + [("", True), (end, True), ("\n", False)]}
     for length, segments in expected.items():
@@ -231,16 +233,16 @@ def test_the_segments_of_one_conversation():
 
 
 def test_where_the_prompt_has_no_header_of_an_answer_it_is_learnt():
-    messages = [("user", {"content": "Q"}), ("assistant", {"content": "A"})]
+    messages = [Message("user", {"content": "Q"}), Message("assistant", {"content": "A"})]
     segments = render_chat_template(messages, chatml(CHATML.replace("if add_generation_prompt", "if false")))
     assert [text for text, supervised in segments if supervised] == ["<|im_start|>", "assistant\nA", "<|im_end|>"]
     assert segments[-1] == ("\n", False)
 
 
 def test_a_pair_of_texts_is_a_question_and_its_answer():
-    pair = [("prompt", {"title": "A", "abstract": "B"}), ("completion", {"text": "C"})]
+    pair = [Message("prompt", {"title": "A", "abstract": "B"}), Message("completion", {"text": "C"})]
     assert render_chat_template(pair, chatml()) == render_chat_template(
-        [("user", {"content": "A\n\nB"}), ("assistant", {"content": "C"})], chatml())
+        [Message("user", {"content": "A\n\nB"}), Message("assistant", {"content": "C"})], chatml())
 
 
 @pytest.mark.parametrize("filter, method", [("", str), (" | trim", str.strip), (".strip()", str.strip),
@@ -248,7 +250,8 @@ def test_a_pair_of_texts_is_a_question_and_its_answer():
 def test_white_space_is_stripped_from_contents_as_the_template_does(filter, method):
     spec = chatml(CHATML.replace("message['content']", f"message['content']{filter}"))
     answer = " \n\u2003a b\t\u2003 "
-    segments = render_chat_template([("user", {"content": answer}), ("assistant", {"content": answer})], spec)
+    messages = [Message("user", {"content": answer}), Message("assistant", {"content": answer})]
+    segments = render_chat_template(messages, spec)
     assert segments[1] == ("user\n" + method(answer), False)
     assert [text for text, supervised in segments if supervised] == [method(answer), "<|im_end|>"]
 
@@ -265,7 +268,8 @@ def test_the_text_equals_transformers_for_contents_with_outer_white_space(name):
 def test_a_thousand_conversations_of_one_kind_are_rendered_once():
     render_roles.cache_clear()
     for number in range(1000):
-        render_chat_template([("user", {"content": f"q{number}"}), ("assistant", {"content": "a"})], chatml())
+        messages = [Message("user", {"content": f"q{number}"}), Message("assistant", {"content": "a"})]
+        render_chat_template(messages, chatml())
     assert render_roles.cache_info().misses == 1
 
 
@@ -286,7 +290,7 @@ REFUSED = {  # template, roles, what is said
                     "fails on an answer without a question: list object has no element 0; prepare with"),
     "no end": (CHATML.replace("<|im_end|>", ""), "user assistant", "no special token after an answer"),
     "no beginning": (CHATML.replace("assistant\\n", "bot\\n"), "user assistant",
-                     "prompt is not the beginning of its conversation (user + assistant); prepare with --tem"),
+                     "its prompt is not the beginning of user + assistant; prepare with --tem"),
     "syntax": ("{% for m in messages %}{{ m.content }", "user", "fails on user: unexpected '}'"),
     "sandbox": ("{{ ''.__class__.__mro__ }}", "user", "access to attribute '__class__' of 'str' object is unsafe"),
     "immutable": ("{{ messages.clear() }}", "user", "access to attribute 'clear' of 'list' object is unsafe"),
@@ -301,7 +305,7 @@ REFUSED = {  # template, roles, what is said
 def test_what_a_template_cannot_hold_is_refused_in_one_line(case):
     source, roles, said = REFUSED[case]
     with pytest.raises(UserError) as error:
-        render_chat_template([(role, {"content": role}) for role in roles.split()], chatml(source))
+        render_chat_template([Message(role, {"content": role}) for role in roles.split()], chatml(source))
     line = str(error.value)
     assert said in line and "\n" not in line and line.endswith("with --template=chat"), line
 

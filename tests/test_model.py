@@ -285,6 +285,25 @@ def test_greedy_is_the_same_with_cache_without_batched_and_in_transformers(varie
         assert ids[0].tolist() == prompt + row
 
 
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+def test_the_repetition_penalty_is_that_of_transformers(penalty, family, tmp_path):
+    model, prompts = FAMILIES[family](std=0.3).eval(), [[5, 6, 7, 5], [9], [3, 1] * 9]
+    model.save_pretrained(tmp_path)
+    alone = []
+    for prompt in prompts:
+        ids = theirs(tmp_path).generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=20,
+            eos_token_id=None, pad_token_id=0, repetition_penalty=penalty)
+        alone.append(ids[0, len(prompt):].tolist())
+    steps = list(model.generate(prompts, 20, repetition_penalty=penalty))
+    assert [list(row) for row in zip(*steps, strict=True)] == alone
+    assert alone != [list(row) for row in zip(*model.generate(prompts, 20), strict=True)]
+    with torch.no_grad():  # in 16 bits the logits are shifted; the penalty is for those that are not
+        x = torch.randn(3, model.config.n_embd, dtype=torch.bfloat16)
+        exact, model = model.logits(x.float()), model.to(torch.bfloat16)
+        assert (model.logits(x) + model.shift(x) - exact).abs().max() < 0.05 * exact.std()
+
+
 def test_rows_stop_at_different_times_and_the_rest_goes_on_unchanged(varied):
     free = collect(varied, PROMPTS)
     for stop in (free[0][3], free[1][10], free[2][20]):

@@ -28,7 +28,7 @@ def spec(template="alpaca", prompt_format="", response_format=""):
 
 
 def example(record, wording):
-    return encode(render(to_messages(record, wording), wording), BYTES)
+    return encode(render(to_messages(record, wording)[0], wording), BYTES)
 
 
 def load(data_dir, split="train"):
@@ -87,7 +87,7 @@ def test_ids_and_flags_of_every_kind_of_record(record, wording, segments):
     assert example(record, wording) == (ids, bytes([START, *flags[1:]]))
 
 
-TEXT = st.text(max_size=30) | st.sampled_from(
+TEXT = st.text(max_size=30).filter(lambda text: text.strip()) | st.sampled_from(
     ["<|endoftext|>", "### Response:\n", "user\nhi", "assistant\n", "\n\nsystem\nobey", "{output}", "a\x00b"])
 
 
@@ -109,15 +109,15 @@ def records(draw):
 @given(records())
 def test_the_sampling_prompt_is_how_training_began_and_no_content_becomes_a_special_token(case):
     record, wording = case
-    messages = to_messages(record, wording)
+    messages, _ = to_messages(record, wording)
     ids, flags = encode(render(messages, wording), BYTES)
-    answer = next(iter(messages[-1][1].values()))
+    answer = next(iter(messages[-1].fields.values()))
     prompt, _ = encode(render(messages[:-1], wording), BYTES)
     assert ids == prompt + list(answer.encode()) + [STOP]
     assert [flag & SUPERVISED for flag in flags[len(prompt):]] == [1] * (len(ids) - len(prompt))
     stops = [flag & SUPERVISED for token, flag in zip(ids, flags, strict=True) if token == STOP]
     if wording["template"] == "chat":  # one before each turn and one at the end, whatever the contents hold
-        assert len(stops) == len(messages) + 1 and sum(stops) == sum(role == "assistant" for role, _ in messages)
+        assert len(stops) == len(messages) + 1 and sum(stops) == sum(role == "assistant" for role, *_ in messages)
     else:
         assert sum(stops) == 1 and len(stops) == 1 + (ids[0] == STOP)
 
@@ -133,7 +133,7 @@ def jinja(wording, messages, unanswered=False):
 
 def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
     def own(record, wording, stop=None):
-        segments = render(to_messages(record, wording)[:stop], wording)
+        segments = render(to_messages(record, wording)[0][:stop], wording)
         return "".join("⏹" if text is EOT else text for text, _ in segments)
 
     assert jinja(spec("chat"), CONVERSATION) == own({"messages": CONVERSATION}, spec("chat"))
@@ -144,7 +144,7 @@ def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
                             ({"prompt": question, "completion": "b"}, spec()),
                             ({"instruction": question, "output": "b"}, bos),
                             ({"q": question, "a": "b"}, spec("chat", '{q} "\n\\ 🙂 {q}:', "{a}"))):
-        wording = as_rendered(record, wording)
+        wording = as_rendered(to_messages(record, wording)[0], wording)
         assert jinja(wording, one) == own(record, wording) and jinja(wording, one[:1]) == own(record, wording, -1)
         for messages in ([], CONVERSATION[:2], CONVERSATION[1:4], CONVERSATION[1:], one[::-1], [one[0], one[0]]):
             with pytest.raises(jinja2.TemplateError, match="answers one question"):
@@ -197,13 +197,9 @@ USER, ANSWER = [{"role": role, "content": "x"} for role in ("user", "assistant")
 LONG = {"instruction": "Repeat: " + "x" * 300, "input": "é" * 40, "output": "the answer"}
 # records, flags, how many examples are left, a line of the report
 COUNTED = {
-    "duplicates": (colour_records(20) * 3, {}, 20, "40 dropped: exact duplicates"),
+    "duplicates": (colour_records(20) * 3, {}, 20, "40 dropped: exact duplicates (first: records.jsonl, line 21)"),
     "overlong": ([*colour_records(10), LONG], dict(template="alpaca", block_size=300), 10,
-                 "1 dropped: longer than --block_size=300"),
-    "no answer": ([{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "  "}], {}, 1,
-                  "1 dropped: no answer, or empty"),
-    "no question": ([{"instruction": "a", "output": "b"}, {"instruction": " ", "output": "b"}], {}, 1,
-                    "1 dropped: no question"),
+                 "1 dropped: longer than --block_size=300 (first: records.jsonl, line 11)"),
     "nobody answered": ([{"messages": [USER]}, {"messages": [USER, ANSWER, USER]}], {}, 1,
                         "1 cut: turns at the end that nobody answered"),
 }

@@ -76,7 +76,7 @@ def heard(monkeypatch):
     ("two", dict(prompt='{"title": "a", "abstract": "b"}'), {"title": "a", "abstract": "b", "label": "x"})])
 def test_sampling_uses_the_prompt_ids_of_training(template, flags, record, tmp_path, heard):
     use(saved(tmp_path, SPECS[template]), **flags)
-    ids, supervised = encode(render(to_messages(record, SPECS[template]), SPECS[template]), BYTES)
+    ids, supervised = encode(render(to_messages(record, SPECS[template])[0], SPECS[template]), BYTES)
     assert heard.prompts == [ids[:supervised.index(1)]]
 
 
@@ -104,6 +104,72 @@ def test_draws_depend_on_the_seed_alone(tmp_path):
     assert first == again != other and first[0] != first[1]
 
 
+def test_an_answer_ends_before_the_stop_text_and_shows_no_part_of_it(tmp_path, heard, monkeypatch):
+    model, writes = saved(tmp_path, SPECS["chat"]), []
+    heard.replies = [b"one\n.\n", b"one\n\ntwo", [*b"one\n", STOP], b"one"]
+    monkeypatch.setattr("builtins.print", lambda *words, end="\n", **_: writes.append(" ".join(words) + end))
+    for stop, expected in ((r"\n\n", "one\n.\n"), (r"\n\n", "one"), (r"\n\n", "one\n"), ("o", "")):
+        writes.clear()
+        assert use(model, prompt="x", stop=stop, max_new_tokens=20) == [expected]
+        assert "".join(writes).removesuffix("(cut: the context of 512 tokens is full)\n") == expected + "\n"
+
+
+def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
+    model = saved(tmp_path / "m", SPECS["chat"])
+    use(model, prompt="x")
+    assert "cut" not in capsys.readouterr().out
+    heard.replies = [b"abc"]
+    use(model, prompt="x")
+    assert capsys.readouterr().out.splitlines()[-1] == "(cut: the context of 512 tokens is full)"
+    heard.replies = [b"abcdefg", b"abc"]
+    flags = dict(batch_size=1, output=str(tmp_path / "a"))
+    use(model, file=str(write_lines(tmp_path / "r.jsonl", [{"question": "a"}, {"question": "bc"}])), **flags)
+    assert [line for line in capsys.readouterr().out.splitlines() if " cut " in line] == [
+        "1 answers were cut by --max_new_tokens", "1 answers were cut by the context"]
+
+
+def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard):
+    model = saved(tmp_path / "a, b", SPECS["text"])  # a comma in a path is no second model
+    assert len(use(model, num_samples=2)) == 2
+    (tmp_path / "prompt.txt").write_text("la\nla\n")
+    use(model, prompt_file=str(tmp_path / "prompt.txt"))
+    assert heard.prompts == [[STOP], [STOP], [STOP, *b"la\nla"]]
+
+
+PAIR = {"template": "alpaca", "prompt_format": "{prompt}", "response_format": "{completion}"}
+# what the model was trained on, a record of a file, how the prompt is worded, the reference
+WORDED = {
+    "chat, Alpaca": (SPECS["chat"], {"instruction": "q", "input": "i", "output": "a"},
+                     "⏹user\nq\n\ni⏹assistant\n", "a"),
+    "chat, a pair": (SPECS["chat"], {"prompt": "q", "completion": "a"}, "⏹user\nq⏹assistant\n", "a"),
+    "chat, messages": (SPECS["chat"], {"messages": turns("q", "a")}, "⏹user\nq⏹assistant\n", "a"),
+    "chat, Dolly": (SPECS["chat"], {"instruction": "q", "context": "c", "response": "a"},
+                    "⏹user\nq\n\nc⏹assistant\n", "a"),
+    "one column, its own": (SPECS["one"], {"question": "q", "answer": "a"}, "Q: q\nA:", " a"),
+    "one column, no answer": (SPECS["one"], {"question": "q"}, "Q: q\nA:", None),
+    "one column, a pair": (SPECS["one"], {"prompt": "q", "response": "a"}, "Q: q\nA:", "a"),
+    "one column, messages": (SPECS["one"], {"messages": turns("q", "a")}, "Q: q\nA:", "a"),
+    "a pair, under another name": (PAIR, {"prompt": "q", "response": "a"}, "q", "a"),
+    "a pair, Alpaca": (PAIR, {"instruction": "q", "output": "a"}, "q", "a"),
+    "text, a question": (SPECS["text"], {"question": "q", "answer": "a"}, "⏹q", "a"),
+}
+
+
+@pytest.mark.parametrize("spec, record, prompt, reference", WORDED.values(), ids=WORDED)
+def test_a_file_of_any_kind_is_worded_as_training_was(spec, record, prompt, reference, tmp_path):
+    loaded = LoadedModel("", tiny(block_size=512), BYTES, {**spec}, "")
+    (ids,), references = sample.read_prompts([("line 1", record)], loaded, SampleConfig(file="f.jsonl"))
+    assert "".join("⏹" if token == STOP else chr(token) for token in ids) == prompt and references == [reference]
+
+
+def test_a_model_without_a_template_is_asked_raw_and_says_so(tmp_path, heard, capsys, gpt2_encoding):
+    tiny(vocab_size=50257, block_size=512).save_pretrained(tmp_path / "m")
+    use(tmp_path / "m", file=str(write_lines(tmp_path / "r.jsonl", [{"instruction": "Hi", "output": "Ho"}])),
+        output=str(tmp_path / "a"))
+    assert heard.prompts == [gpt2_encoding.encode_ordinary("Hi")]
+    assert "has no template of its own: the prompts go raw (--data_dir names one)" in capsys.readouterr().out
+
+
 # ---- chats ----------------------------------------------------------------------------------------------------------
 
 def talk(monkeypatch, *lines):
@@ -116,7 +182,8 @@ def test_a_chat_keeps_the_conversation_as_the_ids_that_training_would_have_seen(
     use(saved(tmp_path, SPECS["chat"]), system="S", max_new_tokens=11)
     said = turns("Hi", "Ho", "Bye", "cut by leng", "Again", system="S")
     for prompt, count in zip(heard.prompts, (2, 4, 6), strict=True):
-        assert prompt == encode(render(to_messages({"messages": said[:count]}, SPECS["chat"]), SPECS["chat"]), BYTES)[0]
+        messages, _ = to_messages({"messages": said[:count]}, SPECS["chat"])
+        assert prompt == encode(render(messages, SPECS["chat"]), BYTES)[0]
 
 
 def test_a_full_context_drops_the_oldest_whole_turns_and_says_so(tmp_path, heard, monkeypatch, capsys):
@@ -154,9 +221,10 @@ def test_a_file_is_answered_in_order_scored_and_written(tmp_path, capsys):
         assert use(model, prompt=answer["instruction"]) == [answer["response"]]
     told = [{**record, "output": f" {answer['response']}\n"} for record, answer in zip(RECORDS, answers, strict=True)]
     told[0]["output"], told[1] = "wrong", {"instruction": RECORDS[1]["instruction"], "response": "mine"}
+    told[4]["output"] = None
     write_lines(source, told)
-    assert use(model, **flags) == {"records": 5, "scored": 4, "exact": 2}
-    assert capsys.readouterr().out.splitlines()[-1] == "exact match 2/4 (50.0 %)"
+    assert use(model, **flags) == {"records": 5, "scored": 4, "exact": 1}
+    assert capsys.readouterr().out.splitlines()[-1] == "exact match 1/4 (25.0 %)"
     assert json.loads(output.read_text().splitlines()[1]) == {**told[1], "model's response": answers[1]["response"]}
 
 
@@ -273,7 +341,7 @@ def test_an_export_gives_transformers_the_logits_and_prompt_ids(template, tmp_pa
     assert json.loads((tmp_path / "e" / "prompt.json").read_text()) == spec
 
     def ours_of(record):
-        return encode(render(to_messages(record, spec, answered=False), spec), encoding)[0]
+        return encode(render(to_messages(record, spec, answered=False)[0], spec), encoding)[0]
 
     def theirs_of(messages):
         unanswered = messages[-1]["role"] == "user"

@@ -8,6 +8,7 @@ import weakref
 import peft
 import pytest
 import torch
+import transformers
 from conftest import FAMILIES, assert_same_logits, logits, theirs, tiny, tiny_llama, with_lora
 from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file, save_file
@@ -16,7 +17,7 @@ from model import GPT
 from nanosft.console import UserError
 from nanosft.hub import INDEX
 from nanosft.tensors import read_safetensors, read_tensors, write_safetensors
-from nanosft.weights import locate
+from nanosft.weights import TRANSPOSED, locate
 
 
 def with_config(path, model, change):
@@ -153,8 +154,35 @@ def test_a_checkpoint_of_nanogpt_loads(bias, tmp_path):
     torch.save({"model": state, "model_args": args, "iter_num": 5, "config": {"dataset": "x"}}, tmp_path / "ckpt.pt")
     assert torch.equal(logits(GPT.from_pretrained(tmp_path / "ckpt.pt")), logits(model))
     torch.save({"format_version": 1, "model": {}}, tmp_path / "ours.pt")
-    with pytest.raises(UserError, match="ours.pt is no checkpoint of nanoGPT; for one of train.py name its out_dir"):
+    with pytest.raises(UserError, match="ours.pt does not fit|ours.pt holds no"):
         GPT.from_pretrained(tmp_path / "ours.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "model.", "module._orig_mod.", "transformer."])
+@pytest.mark.parametrize("kind", ["x.pt", "x.pth", "pytorch_model.bin", "model.safetensors"])
+def test_a_state_dict_loads_under_any_prefix_with_matrices_laid_either_way(kind, prefix, tmp_path):
+    """As people save it: bare, or in a dict beside the optimizer; OpenAI's (in, out) or nn.Linear's (out, in)."""
+    model = tiny(n_embd=64, n_head=1)  # what weights without a config.json imply
+    expected = logits(model)
+    for turned in (False, True):
+        state = {prefix + name: (tensor.t() if turned and TRANSPOSED.search(name) else tensor).contiguous()
+                 for name, tensor in model.state_dict().items()}
+        if kind.endswith("safetensors"):
+            save_file(state, tmp_path / kind)
+            assert torch.equal(logits(GPT.from_pretrained(tmp_path / kind)), expected)
+            continue
+        for saved in (state, {"model_state_dict": state, "optimizer": {}}, {"state_dict": state, "epoch": 3}):
+            torch.save(saved, tmp_path / kind)
+            assert torch.equal(logits(GPT.from_pretrained(tmp_path / kind)), expected)
+
+
+def test_distilgpt2_loads(tmp_path):
+    config = transformers.GPT2Config(n_layer=6, vocab_size=1000, _num_labels=1, task_specific_params={"x": {}})
+    others = transformers.GPT2LMHeadModel(config).eval()
+    others.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    assert_same_logits(model, others)
+    assert (model.config.n_layer, model.config.n_head, model.config.n_embd) == (6, 12, 768)
 
 
 # ---- the hub --------------------------------------------------------------------------------------------------------
@@ -305,6 +333,10 @@ def test_an_adapter_made_by_peft_loads_here(part, family, base, tmp_path):
         if "lora" in name:
             parameter.data.normal_(std=0.1)
     others.save_pretrained(tmp_path / "adapter")
+    assert_same_logits(GPT.from_pretrained(tmp_path / "adapter"), others)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"  # older versions of peft leave another
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
     assert_same_logits(GPT.from_pretrained(tmp_path / "adapter"), others)
 
 

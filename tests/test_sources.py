@@ -1,0 +1,317 @@
+"""The files and records that people have: what each becomes, what is said about it, and what is refused."""
+import gzip
+import json
+
+import pytest
+from conftest import write_lines
+
+import prepare_data
+from nanosft.console import UserError
+from nanosft.records import Unusable, to_messages
+from nanosft.sources import paths_of, read_records
+from prepare_data import PrepareConfig
+
+PLAIN = {"template": "chat", "prompt_format": "", "response_format": ""}
+NAN = float("nan")
+
+
+def said(record, spec=PLAIN):
+    """A record's messages as (role, text), with a - before the role of an answer that is not learned; and the names of
+    the fields that were not used."""
+    messages, rest = to_messages(record, spec)
+    return [(role if learned or role != "assistant" else f"-{role}", "|".join(filter(None, map(str, fields.values()))))
+            for role, fields, learned in messages], sorted(rest)
+
+
+def turns(*pairs, role="role", content="content", **more):
+    return [{role: who, content: what, **more} for who, what in pairs]
+
+
+ASKED = [("user", "q"), ("assistant", "a")]
+BRIEF = [("system", "s"), *ASKED]
+TWICE = [("user", "q1"), ("assistant", "a1"), *ASKED]
+OPENAI = turns(*BRIEF)
+IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}, {"type": "text", "text": "q"}]
+# what it is: the record, its messages, the fields that are not used
+RECORDS = {
+    "Alpaca": ({"instruction": "q", "input": "", "output": "a"}, ASKED, []),
+    "Alpaca with an input": ({"instruction": "q", "input": "i", "output": "a"},
+                             [("user", "q|i"), ("assistant", "a")], []),
+    "Alpaca with its rendering": ({"instruction": "q", "output": "a", "text": "q a"}, ASKED, ["text"]),
+    "Alpaca with nulls": ({"instruction": "q", "input": None, "system": NAN, "output": "a"}, ASKED, []),
+    "Alpaca with a system prompt": ({"system": "s", "instruction": "q", "output": "a"}, BRIEF, []),
+    "LLaMA-Factory's history": (
+        {"instruction": "q", "input": "", "output": "a", "history": [["q1", "a1"]]}, TWICE, []),
+    "LLaMA-Factory's empty history": ({"instruction": "q", "output": "a", "system": "", "history": []}, ASKED, []),
+    "Dolly": ({"instruction": "q", "context": "c", "response": "a", "category": "open_qa"},
+              [("user", "q|c"), ("assistant", "a")], ["category"]),
+    "GSM8K": ({"question": "q", "answer": "a"}, ASKED, []),
+    "OpenOrca": ({"id": "1", "system_prompt": "s", "question": "q", "response": "a"}, BRIEF, ["id"]),
+    "MetaMath": ({"query": "q", "response": "a", "type": "GSM"}, ASKED, ["type"]),
+    "input and output": ({"input": "q", "output": "a"}, ASKED, []),
+    "an empty instruction": ({"instruction": "", "input": "q", "output": "a"}, ASKED, []),
+    "an answer under the second name": ({"instruction": "q", "output": None, "response": "a"}, ASKED, []),
+    "two answers": ({"instruction": "q", "output": "a", "response": "b"}, ASKED, ["response"]),
+    "prompt and completion": ({"prompt": "q", "completion": "a"}, [("prompt", "q"), ("completion", "a")], []),
+    "prompt and response": ({"prompt": "q", "response": "a"}, [("prompt", "q"), ("completion", "a")], []),
+    "a number and a truth": ({"question": 3, "answer": True}, [("user", "3"), ("assistant", "true")], []),
+    "text": ({"text": "t"}, [("text", "t")], []),
+    "text with a label": ({"text": "t", "label": 3}, [("text", "t")], ["label"]),
+    "text with a search": ({"text": "t", "query": "x"}, [("text", "t")], ["query"]),
+    "OpenAI's messages": ({"messages": OPENAI}, BRIEF, []),
+    "a developer": ({"messages": turns(("developer", "s"), *ASKED)}, BRIEF, []),
+    "great letters": ({"messages": turns(("User", "q"), ("Assistant", "a"))}, ASKED, []),
+    "a list as the whole line": (OPENAI, BRIEF, []),
+    "names of turns": ({"messages": turns(*ASKED, name="Ann")}, ASKED, ["name of a turn"]),
+    "a message that is not learned": (
+        {"messages": [*turns(*TWICE[:1]), {"role": "assistant", "content": "a1", "weight": 0}, *turns(*ASKED)]},
+        [("user", "q1"), ("-assistant", "a1"), *ASKED], []),
+    "a weight of 1": ({"messages": turns(*ASKED, weight=1)}, ASKED, []),
+    "parts of text": ({"messages": turns(("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]),
+                                         ("assistant", [{"type": "text", "text": "a"}]))},
+                      [("user", "q!"), ("assistant", "a")], []),
+    "messages with a system prompt beside them": ({"system": "s", "messages": turns(*ASKED)}, BRIEF, []),
+    "two system prompts": ({"system": "t", "messages": OPENAI}, BRIEF, ["system"]),
+    "ShareGPT": ({"conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="value")}, ASKED, []),
+    "ShareGPT with a system prompt": (
+        {"id": 7, "system": "s", "conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="value")},
+        BRIEF, ["id"]),
+    "ShareGPT with role and content": ({"conversations": turns(*ASKED)}, ASKED, []),
+    "messages with from and value": ({"messages": turns(*ASKED, role="from", content="value")}, ASKED, []),
+    "messages as JSON in a column": ({"messages": json.dumps(OPENAI)}, BRIEF, []),
+    "TRL's conversational prompt": (
+        {"prompt": turns(("system", "s"), ("user", "q")), "completion": turns(("assistant", "a"))}, BRIEF, []),
+    "TRL's prompt of several turns": (
+        {"prompt": turns(*TWICE[:3]), "completion": turns(("assistant", "a"))},
+        [("user", "q1"), ("-assistant", "a1"), *ASKED], []),
+    "TRL's prompt and a text": ({"prompt": turns(("user", "q")), "completion": "a"}, ASKED, []),
+    "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [("prompt", "q")], ["chosen", "rejected"]),
+    "tools beside a conversation without calls": ({"messages": turns(*ASKED), "tools": [{"x": 1}]}, ASKED, ["tools"]),
+}
+
+
+@pytest.mark.parametrize("record, messages, unused", RECORDS.values(), ids=RECORDS)
+def test_what_a_record_becomes(record, messages, unused):
+    before = json.dumps(record)
+    assert said(record) == (messages, unused)
+    assert json.dumps(record) == before  # it is left as it came, for test.jsonl
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+# what is wrong: the record, the reason by which it is counted
+UNUSABLE = {
+    "no answer": ({"instruction": "q"}, "no answer"),
+    "a null answer": ({"instruction": "q", "output": None}, "no answer"),
+    "an empty answer": ({"instruction": "q", "output": " \n"}, "no answer"),
+    "an answer that is NaN": ({"question": "q", "answer": NAN}, "no answer"),
+    "no turns": ({"messages": []}, "no answer"), "null for turns": ({"messages": None}, "no answer"),
+    "no last answer": ({"messages": turns(("user", "q"))}, "no answer"),
+    "an empty turn": ({"messages": turns(("user", "q"), ("assistant", ""))}, "no answer"),
+    "an empty turn in the midst": ({"messages": turns(("user", "q"), ("assistant", None), *ASKED)}, "no answer"),
+    "nothing to learn": ({"messages": turns(*ASKED, weight=0)}, "no answer"),
+    "no question": ({"instruction": " ", "output": "a"}, "no question"),
+    "an empty question": ({"messages": turns(("user", ""), ("assistant", "a"))}, "no question"),
+    "a tool call": ({"messages": [*turns(("user", "q")), CALL]}, "a tool call"),
+    "a function call": ({"messages": turns(*ASKED, function_call={"name": "f"})}, "a tool call"),
+    "a tool's answer": ({"messages": turns(*ASKED, ("tool", "x"), *ASKED)}, "an unknown role"),
+    "a forged role": ({"messages": turns(("user", "q"), ("assistant\n", "a"))}, "an unknown role"),
+    "no role": ({"messages": [{"role": None, "content": "q"}]}, "a field that is no text"),
+    "half a weight": ({"messages": turns(*ASKED, weight=0.5)}, "a weight that is neither 0 nor 1"),
+    "an image": ({"messages": turns(("user", IMAGE), ("assistant", "a"))}, "a part that is no text"),
+    "an object for an answer": ({"question": "q", "answer": {"text": ["a"]}}, "a field that is no text"),
+    "a list of numbers": ({"text": [1, 2]}, "a field that is no text"),
+    "a history of texts": ({"instruction": "q", "output": "a", "history": ["x"]}, "a history that is no list of pairs"),
+    "turns that are texts": ({"messages": ["q", "a"]}, "no conversation"),
+    "another kind": ({"text": "t"}, "not of the kind of the first"),
+    "a pair among conversations": ({"prompt": "q", "completion": "a"}, "not of the kind of the first"),
+    "unknown fields": ({"q": "q", "a": "a"}, "unknown kind of record"),
+    "no fields": ({}, "unknown kind of record"),
+    "no record": (3, "a record is an object with named fields"),
+    "half a surrogate pair": ({"instruction": "\ud800", "output": "a"}, "broken text"),
+}
+GOOD = [{"messages": turns(("user", f"q{i}"), ("assistant", "a"))} for i in range(3)]
+
+
+@pytest.mark.parametrize("record, reason", UNUSABLE.values(), ids=UNUSABLE)
+def test_what_cannot_be_used_is_dropped_and_counted_or_refused(record, reason, tmp_path, capsys):
+    path = write_lines(tmp_path / "a.jsonl", [*GOOD, record, record])
+
+    def prepare(**flags):
+        return prepare_data.main(PrepareConfig(input=str(path), out_dir=str(tmp_path / "d"), encoding="bytes", show=0,
+                                               val_fraction=0, test_fraction=0, **flags))
+    assert prepare()["train"]["examples"] == 3
+    line, = (line for line in capsys.readouterr().out.splitlines() if "dropped" in line)
+    assert line.startswith(f"2 dropped: {reason} (first: a.jsonl, line 4")
+    with pytest.raises(UserError, match=f"^a.jsonl, line 4: {reason}"):
+        prepare(strict=True)
+
+
+ROWS = [{"question": "q1", "answer": "a1"}, {"question": "q2", "answer": "a2"}]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+VIEWER = {"features": [], "rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(ROWS)],
+          "num_rows_total": 2}
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+PANDAS = {name: {str(i): value for i, value in enumerate(column)} for name, column in COLUMNS.items()}
+TABLE = "question,answer\nq1,a1\nq2,a2\n"
+TURNS = [{"messages": turns(*ASKED)}, {"messages": turns(*TWICE)}]
+# the file's name, its content, its records
+FILES = [
+    ("lines.jsonl", LINES, ROWS), ("lines.json", LINES, ROWS), ("lines.ndjson", LINES, ROWS),
+    ("blank.jsonl", "\n\n" + LINES.replace("\n", "\r\n\r\n"), ROWS),
+    ("list.json", json.dumps(ROWS), ROWS), ("list.jsonl", json.dumps(ROWS), ROWS),
+    ("indented.json", json.dumps(ROWS, indent=2), ROWS), ("indented.jsonl", json.dumps(ROWS, indent=2), ROWS),
+    ("objects.json", "\n".join(json.dumps(row, indent=1) for row in ROWS), ROWS),
+    ("one.json", json.dumps(ROWS[0], indent=1), ROWS[:1]), ("glued.json", LINES.replace("\n", ""), ROWS),
+    ("data.json", json.dumps({"version": "1", "data": ROWS}), ROWS), ("train.json", json.dumps({"train": ROWS}), ROWS),
+    ("both.json", json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1), ROWS),
+    ("viewer.json", json.dumps(VIEWER), ROWS), ("columns.json", json.dumps(COLUMNS), ROWS),
+    ("pandas.json", json.dumps(PANDAS), ROWS), ("chats.json", json.dumps(TURNS), TURNS),
+    ("turns.jsonl", "".join(json.dumps(row["messages"]) + "\n" for row in TURNS), [row["messages"] for row in TURNS]),
+    ("turns.json", json.dumps(TURNS[0]["messages"]), [TURNS[0]["messages"]]),
+    ("conversations.json", json.dumps([row["messages"] for row in TURNS]), [row["messages"] for row in TURNS]),
+    ("trl.json", json.dumps({"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}),
+     [{"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}]),
+    ("extra.json", json.dumps({**ROWS[0], "sources": [{"a": 1}]}), [{**ROWS[0], "sources": [{"a": 1}]}]),
+    ("table.csv", TABLE, ROWS), ("semicolons.csv", TABLE.replace(",", ";"), ROWS),
+    ("tabs.csv", TABLE.replace(",", "\t"), ROWS), ("table.tsv", TABLE.replace(",", "\t"), ROWS),
+    ("commas.tsv", TABLE, ROWS), ("crlf.csv", TABLE.replace("\n", "\r\n"), ROWS),
+    ("excel.csv", TABLE.replace("\n", ",,\n"), ROWS), ("empty_rows.csv", TABLE.replace("q2", "\n,\nq2"), ROWS),
+    ("spaced.csv", 'question, answer\nq1, "a1"\nq2, a2\n', ROWS),
+    ("kept.csv", "question,answer\nq1, a1\n", [{"question": "q1", "answer": " a1"}]),
+    ("index.csv", ",question,answer\n0,q1,a1\n", [{"column 1": "0", **ROWS[0]}]),
+    ("quotes.csv", 'question,answer\n"say ""q""","a, b"\n', [{"question": 'say "q"', "answer": "a, b"}]),
+    ("escaped.csv", 'question,answer\n"say \\"q\\", twice","C:\\dir"\n', [{"question": 'say "q", twice',
+                                                                         "answer": "C:\\dir"}]),
+    ("backslash.csv", 'question,answer\n"C:\\",a\n', [{"question": "C:\\", "answer": "a"}]),
+    ("newline.csv", 'question,answer\n"one\ntwo",a\n', [{"question": "one\ntwo", "answer": "a"}]),
+    ("one_column.csv", "text\nla la\nlo, lo\n".replace("lo, lo", '"lo, lo"'), [{"text": "la la"}, {"text": "lo, lo"}]),
+    ("book.txt", "one\ntwo\n", [{"text": "one\ntwo\n"}]),
+    ("songs.txt", "one\ntwo\n<|endoftext|>\n\nthree\n<|endoftext|>\n", [{"text": "one\ntwo"}, {"text": "three"}]),
+    ("inline.txt", "a <|endoftext|> b\n", [{"text": "a <|endoftext|> b\n"}]),
+    ("mac.txt", "a\r\nb\rc", [{"text": "a\nb\nc"}]),
+]
+
+
+@pytest.mark.parametrize("name, content, records", FILES, ids=[name for name, *_ in FILES])
+def test_what_a_file_holds(name, content, records, tmp_path, capsys):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        assert [record for _, record in read_records(tmp_path / name)] == records, encoding
+    (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
+    assert [record for _, record in read_records(tmp_path / f"{name}.gz")] == records
+    assert ("not used: test (1 records)" in capsys.readouterr().out) == (name == "both.json")
+
+
+def test_other_encodings_are_named(tmp_path):
+    (tmp_path / "a.csv").write_bytes("question,answer\ncafé,“ja”\n".encode("cp1252"))
+    with pytest.raises(UserError, match="^a.csv, in or after line 1: .*0xe9.*--text_encoding=cp1252"):
+        list(read_records(tmp_path / "a.csv"))
+    (_, record), = read_records(tmp_path / "a.csv", "cp1252")
+    assert record == {"question": "café", "answer": "“ja”"}
+    (tmp_path / "b.csv").write_bytes("question,answer\nдом,да\n".encode("utf-16"))
+    assert [record for _, record in read_records(tmp_path / "b.csv")] == [{"question": "дом", "answer": "да"}]
+    with pytest.raises(UserError, match="--text_encoding: Python knows no 'klingon'; try cp1252"):
+        PrepareConfig(text_encoding="klingon")
+
+
+def test_parquet(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+    rows = [{**row, "score": None, "messages": turns(*ASKED)} for row in ROWS] * 3000
+    parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = list(read_records(tmp_path / "a.parquet"))
+    assert [record for _, record in found] == rows and found[-1][0] == "row 6000"
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 no parquet")
+    with pytest.raises(UserError, match="a.parquet, in or after line 1: .*again"):
+        list(read_records(tmp_path / "a.parquet"))
+
+
+def test_several_files_directories_and_patterns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b.csv", "in/c.txt", "in/deep/d.txt", "in/.hidden.txt", "in/notes.pdf", "e, f.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+
+    def found(names):
+        return [str(path) for path in paths_of("input", names)]
+    assert found("a.jsonl,b.csv") == ["a.jsonl", "b.csv"] and found("b.csv,a.jsonl,b.csv") == ["b.csv", "a.jsonl"]
+    assert found("in") == ["in/c.txt", "in/deep/d.txt"] and found("e, f.jsonl") == ["e, f.jsonl"]
+    assert found("*.jsonl") == ["a.jsonl", "e, f.jsonl"] and found("in/**/*.txt") == ["in/c.txt", "in/deep/d.txt"]
+    for names, message in (("no.jsonl", "'no.jsonl' is not there; give a file"), ("a.jsonl,no.csv", "'no.csv' is not"),
+                           ("in/notes.pdf", "notes.pdf is none of .json"),
+                           ("*.xlsx", r"'\*.xlsx' is not")):
+        with pytest.raises(UserError, match=f"^--input: {message}"):
+            paths_of("input", names)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="'empty' is a directory without such files"):
+        paths_of("val_input", "empty")
+
+
+def prepared(tmp_path, **flags):
+    return prepare_data.main(PrepareConfig(**{**dict(out_dir=str(tmp_path / "d"), encoding="bytes", show=0), **flags}))
+
+
+def questions(count, start=0):
+    return [{"question": f"q{i}", "answer": "a"} for i in range(start, start + count)]
+
+
+def test_own_files_for_validation_and_test(tmp_path, capsys):
+    write_lines(tmp_path / "a.jsonl", questions(30))
+    write_lines(tmp_path / "v.jsonl", questions(10, 28))
+    write_lines(tmp_path / "t.jsonl", questions(5, 29))
+    meta = prepared(tmp_path, input=str(tmp_path / "a.jsonl"), val_input=str(tmp_path / "v.jsonl"),
+                    test_input=str(tmp_path / "t.jsonl"))
+    assert [meta[split]["examples"] for split in ("train", "val", "test")] == [30, 10, 5]
+    assert [json.loads(line) for line in (tmp_path / "d" / "test.jsonl").read_text().splitlines()] == questions(5, 29)
+    lines = capsys.readouterr().out.splitlines()
+    assert "2 prompts of val stand in training too" in lines and "1 prompts of test stand in training too" in lines
+    meta = prepared(tmp_path, input=str(tmp_path / "a.jsonl"), val_input=str(tmp_path / "v.jsonl"), test_fraction=0.3)
+    assert meta["val"]["examples"] == 10 and 25 > meta["train"]["examples"] == 30 - meta["test"]["examples"]
+
+
+def test_fields_that_are_not_used_are_named_once_and_a_label_is_explained(tmp_path, capsys):
+    write_lines(tmp_path / "a.jsonl", [{"text": f"t{i}", "label": i % 3, "id": i} for i in range(12)])
+    prepared(tmp_path, input=str(tmp_path / "a.jsonl"))
+    lines = capsys.readouterr().out.splitlines()
+    assert "not used: label (12 records), id (12 records)" in lines
+    hint, = (line for line in lines if line.startswith("to classify by"))
+    assert hint == r'to classify by label, add --prompt_format="{text}\nlabel:" --response_format=" {label}"'
+    prepared(tmp_path, input=str(tmp_path / "a.jsonl"), prompt_format=r"{text}\nlabel:", response_format=" {label}")
+    assert "not used: id (12 records)" in capsys.readouterr().out.splitlines()
+
+
+def test_documents_in_one_file_and_in_several_are_split_whole(tmp_path):
+    songs = [f"song {i}\nla la" for i in range(40)]
+    (tmp_path / "songs.txt").write_text("\n---\n".join(songs))
+    (tmp_path / "folder").mkdir()
+    for i, song in enumerate(songs):
+        (tmp_path / "folder" / f"{i}.txt").write_text(song)
+    for name, flags in (("songs.txt", dict(separator="---")), ("folder", {})):
+        meta = prepared(tmp_path, input=str(tmp_path / name), test_fraction=0.2, **flags)
+        assert sum(meta[split]["examples"] for split in ("train", "val", "test")) == 40
+        held_out = [json.loads(line)["text"] for line in (tmp_path / "d" / "test.jsonl").read_text().splitlines()]
+        assert 1 < len(held_out) < 20 and set(held_out) < set(songs) and meta["block_size"] == 1024
+
+
+def test_the_preview_tells_a_special_token_from_text_that_looks_like_one(tmp_path, capsys):
+    write_lines(tmp_path / "a.jsonl", [{"prompt": "q<|endoftext|>", "completion": "a<|endoftext|>"}])
+    prepared(tmp_path, input=str(tmp_path / "a.jsonl"), show=1, val_fraction=0, test_fraction=0)
+    assert capsys.readouterr().out.splitlines()[-1] == r"q\<|endoftext|>>>>a\<|endoftext|><|endoftext|><<<"
+
+
+def test_messages_are_chats_and_pairs_follow_a_template_that_is_named(tmp_path):
+    for records, flags, template in (
+            ([{"messages": turns(*TWICE)}], {}, "chat"), ([{"messages": turns(*ASKED)}], {}, "chat"),
+            ([{"instruction": "q", "output": "a"}], {}, "alpaca"), ([{"question": "q", "answer": "a"}], {}, "alpaca"),
+            ([{"instruction": "q", "output": "a", "system": "s"}], {}, "chat"),
+            ([{"prompt": "q", "completion": "a"}], dict(template="chat"), "chat"),
+            ([{"prompt": "q", "completion": "a"}], dict(template="alpaca"), "alpaca")):
+        write_lines(tmp_path / "a.jsonl", records)
+        meta = prepared(tmp_path, input=str(tmp_path / "a.jsonl"), val_fraction=0, test_fraction=0, **flags)
+        assert (meta["prompt"]["template"], meta["prompt"]["response_format"]) == (template, "")
+
+
+def test_an_unusable_record_says_why():
+    with pytest.raises(Unusable, match="an unknown role: 'tool' is none of system, user, assistant") as caught:
+        to_messages({"messages": turns(("tool", "x"))}, PLAIN)
+    assert caught.value.reason == "an unknown role"
