@@ -12,6 +12,7 @@ A record is one of (its keys tell which):
     any columns, with --prompt_format="Title: {title}\\nCategory:" --response_format=" {category}"
 """
 import contextlib
+import gc
 import json
 import os
 import re
@@ -410,6 +411,7 @@ def print_report(meta, report, out_dir):
 
 def main(config):
     """Prepares config.input into config.out_dir and returns what meta.json holds."""
+    gc.freeze()  # what is loaded by now is never garbage: to walk it again and again takes a fifth of the time
     report, files = Report(), files_of(config)
     paths = [path for own in files.values() for path in own]
     name = Path(config.input).name if os.path.isdir(config.input) else paths[0].name

@@ -97,7 +97,8 @@ def fill(template, fields, flag):
 def take(fields, kind):
     """Takes what goes by one of a kind's names out of `fields`. Returns (name, value), or (None, None)."""
     for name in NAMES[kind]:
-        if not is_missing(fields.get(name)):
+        value = fields.get(name)
+        if value is not None and not is_missing(value):
             return name, fields.pop(name)
     return None, None
 
@@ -144,7 +145,7 @@ def by_names(record):
     if name:
         messages = conversation(turns, name, rest)
         return with_system(messages, rest), rest
-    if not is_missing(rest.get("text")) and not any(name in rest for name in NAMES["answer"]):
+    if "text" in rest and not is_missing(rest["text"]) and not any(name in rest for name in NAMES["answer"]):
         return [Message("text", {"text": text_of(rest.pop("text"), "text")})], rest
     asked, question = take(rest, "question")
     if not asked:

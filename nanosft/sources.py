@@ -152,6 +152,8 @@ def list_in(value, name):
     if not isinstance(value, dict) or not value:
         return None
     inner, first = list(value.values()), next(iter(value.values()))
+    if not isinstance(first, list | dict) and not KNOWN.isdisjoint(value):  # most are plain records
+        return None
     for kind in (list, dict):  # columns: lists of one length or, as pandas writes them, objects with the same names
         if all(type(column) is kind and len(column) == len(first) for column in inner) and first and len(value) > 1:
             rows = [list(column.values()) if kind is dict else column for column in inner]

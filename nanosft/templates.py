@@ -38,7 +38,6 @@ def alpaca_prompt(instruction, given):
 def render(messages, spec):
     """The segments of messages. Those that end with an answer give a training example; others give the prompt for
     sampling, which is the beginning of that example, token for token."""
-    messages = [Message(*message) for message in messages]
     roles, first = [message.role for message in messages], messages[0].fields
     begin = Special(spec["bos_token"]) if spec.get("bos_token") else EOT
     if roles[0] == "text":

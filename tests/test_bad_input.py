@@ -703,18 +703,25 @@ def survives(function, *args):
 
 CHATS = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]},
          {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}]
-SETS = [colour_records(4), CHATS, [{"prompt": "a", "completion": "b"}] * 2, [{"text": "la"}, {"text": "é🙂"}]]
+SETS = [colour_records(4), CHATS, [{"prompt": "a", "completion": "b"}] * 2, [{"text": "la"}, {"text": "é🙂"}],
+        [chat["messages"] for chat in CHATS[:1]] * 2,
+        [{"question": 3, "answer": True, "system": "s", "history": [["a", "b"]]}],
+        [{"prompt": CHATS[0]["messages"][:1], "completion": CHATS[0]["messages"][1:]}]]
 PLAIN = [*("".join(json.dumps(record) + "\n" for record in records).encode() for records in SETS),
          *(json.dumps(records).encode() for records in SETS),
-         b'text,b\n"a ""x""\n1",2\nb,3\n', b"instruction\toutput\na\tb\r\nc\td\r\n"]
+         *(json.dumps({"data": records}, indent=1).encode("utf-16") for records in SETS),
+         json.dumps({"question": ["a", "b"], "answer": ["c", "d"]}).encode(), b"la\n<|endoftext|>\nlo\n",
+         b'text,b\n"a ""x""\n1",2\nb,3\n', b"instruction\toutput\na\tb\r\nc\td\r\n",
+         b'question; answer;;\n"a \\"x\\""; "b";;\n']
 FILES = [*PLAIN, *(gzip.compress(content) for content in PLAIN)]
 
 
 @fuzz
 @given(content=mutated(FILES) | st.binary(max_size=200) | st.lists(VALUES, max_size=3).map(json.dumps).map(str.encode),
-       suffix=st.sampled_from([".json", ".jsonl", ".csv", ".tsv", ".txt", ".jsonl.gz", ".csv.gz"]),
+       suffix=st.sampled_from([f".{end}" for end in "json jsonl csv tsv txt jsonl.gz csv.gz parquet".split()]),
        flags=st.sampled_from([
-           {}, dict(template="alpaca"), dict(template="text"), dict(val_fraction=0.3, test_fraction=0.3),
+           {}, dict(template="alpaca"), dict(template="text"), dict(template=""), dict(strict=True),
+           dict(separator="b"), dict(text_encoding="cp1252"), dict(val_fraction=0.3, test_fraction=0.3),
            dict(block_size=9), dict(prompt_format="{a}", response_format="{text}"),
            dict(template="text", response_format="{text}")]))
 def test_fuzz_records(content, suffix, flags):
