@@ -92,6 +92,8 @@ class PrepareConfig:
                 "".encode(self.text_encoding)
         except (LookupError, ValueError):
             problems.append(f"--text_encoding: Python knows no {self.text_encoding!r}; try cp1252 or utf-16")
+        if not self.input and (self.val_input or self.test_input):
+            problems.append("--input: needed with --val_input and --test_input")
         if self.model and self.encoding:
             problems.append("--encoding: the model brings its own; give it or --model")
         if self.template == "model" and not self.model:
@@ -290,7 +292,10 @@ def encode_records(records, split, config, encoding, pool, report, prompts):
             share, digest = fingerprints(segments, config.seed)
             is_text, own = messages[0].role == "text", split
             if len(ids) > max_tokens and not is_text:
-                report.drop(f"longer than --block_size={config.block_size}", location)
+                reason = f"longer than --block_size={config.block_size}"
+                if config.strict:
+                    raise UserError(f"{location}: {reason}")
+                report.drop(reason, location)
             elif digest in seen:
                 report.drop("exact duplicates", location)
             else:
@@ -414,8 +419,10 @@ def main(config):
     gc.freeze()  # what is loaded by now is never garbage: to walk it again and again takes a fifth of the time
     report, files = Report(), files_of(config)
     paths = [path for own in files.values() for path in own]
-    name = Path(config.input).name if os.path.isdir(config.input) else paths[0].name
-    out_dir = Path(config.out_dir or Path("data") / os.path.splitext(name.removesuffix(".gz"))[0])
+    name = os.path.splitext(paths[0].name.removesuffix(".gz"))[0]
+    if os.path.isdir(config.input):
+        name = Path(config.input).resolve().name
+    out_dir = Path(config.out_dir or Path("data") / name)
     check_out_dir(out_dir, paths)
     config = replace(config, val_fraction=0 if config.val_input else config.val_fraction,
                      test_fraction=0 if config.test_input else config.test_fraction)
@@ -425,6 +432,10 @@ def main(config):
     encoding, spec, directory, context = tokens_of(config, head)
     full_spec = bring_tokenizer(spec, encoding, directory)
     are_texts = all(kind_of(path) == "text" for path in paths)
+    if are_texts and (config.response_format or config.template not in ("", "text")):
+        raise UserError("--template and --response_format: a .txt file is plain text; leave them out")
+    if are_texts and len(head) == 1 and "separator" in config.given:
+        raise UserError(f"--separator: no line of {paths[0].name} is {config.separator!r}; leave it out")
     if not config.block_size:
         config = replace(config, block_size=min(context, 1024) if are_texts else context)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -18,6 +18,7 @@ import tiktoken
 import torch
 
 from model import GPT
+from nanosft import llamacpp
 from nanosft.chat_template import read_chat_template
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
@@ -45,7 +46,8 @@ class SampleConfig:
     file: str = ""  # records to answer (as prepare_data.py reads them) and, where they hold an answer, to score
     labels: str = ""  # for classification: the classes, with commas; '' = the file's answers, where they are few
     output: str = "answers.jsonl"  # where --file writes its records, each with its response
-    export: str = ""  # write the model into this directory for transformers, LoRA merged, in float32
+    export: str = ""  # write the model, LoRA merged: a directory for transformers, or a file.gguf for llama.cpp, Ollama
+    gguf_type: str = "f16"  # of matrices in a .gguf: f16 | f32 | bf16 | q8_0
     # how
     temperature: float = 0.0  # 0 = always the most likely token
     top_k: int = 0  # draw from the k most likely tokens; 0 = all
@@ -72,7 +74,8 @@ class SampleConfig:
             problems.append("--export: writes one model; name one with --model")
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
         check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1, "top_k": 0, "seed": 0},
-              choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems=problems)
+              choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "gguf_type": llamacpp.TYPES},
+              problems=problems)
 
 
 def names_of(models):
@@ -276,6 +279,8 @@ def as_trained(messages, spec):
     if not spec or messages[0].role not in ("prompt", "user", "system"):
         return messages
     columns, asked = NAME.findall(spec["prompt_format"]), messages[-1]
+    if len(messages) > 1 and (spec["template"] == "text" or spec["response_format"]):
+        raise UserError("this model answers one question, without a system prompt or earlier turns")
     text = "\n\n".join(value for value in map(str, asked.fields.values()) if value)
     if spec["template"] == "text" and not spec["response_format"]:
         return [Message("opening", {"text": text})]
@@ -346,7 +351,8 @@ def answer_file(models, config):
         raise UserError(f"--file: {path} is {fault}; prepare_data.py leaves the held-out records in test.jsonl")
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
-    records = list(read_records(path))
+    records = [(location, {"messages": record} if isinstance(record, list) else record)
+               for location, record in read_records(path)]
     if not records:
         raise UserError(f"--file: {path} holds no records; give one that does")
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
@@ -371,9 +377,15 @@ def answer_file(models, config):
     return results if len(models) > 1 else results[models[0].name]
 
 
-def export(loaded, directory):
-    """Writes weights (LoRA merged), configurations and, for GPT-2's encoding, the tokenizer, for transformers."""
+def export(loaded, directory, gguf_type):
+    """Writes weights (LoRA merged), configurations and the tokenizer, if there is one, for transformers; or one GGUF
+    file with all that."""
     directory = Path(directory)
+    if directory.suffix == ".gguf":
+        if directory.exists():
+            raise UserError(f"--export={directory} is there already; name another file")
+        loaded.model.merge_lora()
+        return llamacpp.write_gguf(directory, loaded, gguf_type)
     if (directory / "model.safetensors").exists() or (directory / "adapter_config.json").exists():
         raise UserError(f"--export={directory} holds a model already; name another directory")
     loaded.model.config.eos_token_id = loaded.stop  # of a padded vocabulary it is not the last id
@@ -389,7 +401,7 @@ def main(config):
     models = load(config)
     torch.manual_seed(config.seed)
     if config.export:
-        return export(models[0], config.export)
+        return export(models[0], config.export, config.gguf_type)
     if config.file:
         return answer_file(models, config)
     prompt, answers = config.prompt, []

@@ -11,7 +11,7 @@ NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and 
 
 # what a field is, and the names that it goes by, those that count more first
 NAMES = {"conversation": ("messages", "conversations", "conversation"),
-         "role": ("role", "from"), "content": ("content", "value"), "weight": ("weight",),
+         "role": ("role", "from"), "content": ("content", "value", "text"), "weight": ("weight",),
          "system": ("system", "system_prompt"), "history": ("history",),
          "question": ("instruction", "prompt", "question", "query", "input"), "context": ("input", "context"),
          "answer": ("output", "completion", "response", "answer"), "text": ("text",)}
@@ -66,22 +66,20 @@ def is_missing(value):
 
 
 def text_of(value, name):
-    """A field's value as text: numbers are written out, true and false as in JSON, parts that are text joined."""
+    """A field's value as text: numbers and dates are written out, true and false as in JSON, parts of text joined."""
     if isinstance(value, str):
         return whole(value, repr(name))
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int | float) and not is_missing(value):
-        return str(value)
-    if isinstance(value, list) and value:
-        texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-                 for part in value]
-        if all(isinstance(text, str) for text in texts):
-            return whole("".join(texts), repr(name))
-        kinds = [part["type"] for part in value if isinstance(part, dict) and part.get("type", "text") != "text"]
-        if kinds:
-            raise Unusable("a part that is no text", f"{name!r} holds {beginning(kinds[0])}")
-    raise Unusable("a field that is no text", f"{name!r} is {beginning(value)}")
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        return whole(value[0], repr(name))
+    if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
+        if not all(part.keys() <= {"type", "text"} and isinstance(part.get("text"), str) for part in value):
+            raise Unusable("a part that is no text", f"{name!r} is {beginning(value)}")
+        return whole("".join(part["text"] for part in value), repr(name))
+    if is_missing(value) or isinstance(value, list | dict | bytes):
+        raise Unusable("a field that is no text", f"{name!r} is {beginning(value)}")
+    return str(value)
 
 
 def fill(template, fields, flag):
@@ -111,10 +109,12 @@ def to_messages(record, spec, answered=True):
 
     `spec`: template, prompt_format and response_format, as in meta.json and prompt.json.
     """
-    if isinstance(record, list) and is_conversation(record):
+    if is_conversation(record):
         record = {"messages": record}
     if not isinstance(record, dict):
         raise Unusable("a record is an object with named fields", f"not {beginning(record)}")
+    if record.get("truncated_cells"):
+        raise Unusable("cells that the hub's viewer has cut", listed(record["truncated_cells"]))
     columns = NAME.findall(spec["prompt_format"])
     if spec["response_format"] and (answered or all(name in record for name in columns)):
         messages, rest = by_formats(record, spec, answered)
@@ -145,48 +145,60 @@ def by_names(record):
     if name:
         messages = conversation(turns, name, rest)
         return with_system(messages, rest), rest
-    if "text" in rest and not is_missing(rest["text"]) and not any(name in rest for name in NAMES["answer"]):
+    answered = any(name in rest for name in NAMES["answer"])
+    asked, question = take(rest, "question") if answered or is_missing(rest.get("text")) else (None, None)
+    if asked:
+        return question_and_answer(asked, question, rest), rest
+    if not is_missing(rest.get("text")):
         return [Message("text", {"text": text_of(rest.pop("text"), "text")})], rest
-    asked, question = take(rest, "question")
-    if not asked:
-        if not is_missing(rest.get("text")):
-            return [Message("text", {"text": text_of(rest.pop("text"), "text")})], rest
-        for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
-            if any(name in rest for name in NAMES[kind]):
-                raise Unusable(reason)
-        raise Unusable("unknown kind of record", f"{listed(record) if record else 'no fields'}; {EXPECTED}")
+    for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
+        if any(name in rest for name in NAMES[kind]):
+            raise Unusable(reason)
+    lower = {str(name).lower().strip(): value for name, value in record.items()}
+    if lower.keys() != record.keys():
+        return by_names(lower)
+    raise Unusable("unknown kind of record", f"{listed(record) if record else 'no fields'}; {EXPECTED}")
+
+
+def question_and_answer(asked, question, rest):
+    """The messages of a question, under the name `asked`, and of what `rest` has with it."""
     name, answer = take(rest, "answer")
-    if isinstance(question, list) and is_conversation(question):  # TRL's: what comes before the completion is seen
+    if is_conversation(question):  # TRL's: what comes before the completion is seen
         messages = [message._replace(learned=False) for message in conversation(question, asked, rest)]
-        if isinstance(answer, list) and is_conversation(answer):
+        if is_conversation(answer):
             messages += conversation(answer, name, rest)
         elif name:
             messages.append(Message("assistant", {"text": text_of(answer, name)}))
-        return with_system(messages, rest), rest
+        return with_system(messages, rest)
     if asked == "prompt":  # a prompt and its answer stay as they are
         messages, role, key = [Message("prompt", {asked: text_of(question, asked)})], "completion", name
     else:
         context, given = take(rest, "context")
         fields = {"content": text_of(question, asked), "input": text_of(given, context) if context else ""}
         messages, role, key = with_system([*past(rest), Message("user", fields)], rest), "assistant", "text"
-    if name:
-        messages.append(Message(role, {key: text_of(answer, name)}))
-    return messages, rest
+    return [*messages, Message(role, {key: text_of(answer, name)})] if name else messages
 
 
 def is_conversation(value):
-    """Whether a list is one of turns, {"role": ..., "content": ...} or with other names for these."""
-    return bool(value) and all(
-        isinstance(turn, dict) and any(name in turn for name in NAMES["role"]) for turn in value)
+    """Whether a value is a list of turns, {"role": ..., "content": ...} or with other names for these."""
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(turn, dict) and any(name in turn for name in NAMES["role"])
+        and any(name in turn for name in (*NAMES["content"], *CALLS)) for turn in value)
+
+
+def parsed(value):
+    """What a table's field that holds a list as JSON stands for; other values as they are."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def conversation(turns, name, rest):
     """A list of turns as messages; what a turn holds beyond role and content goes to `rest`. A role that is not known
     is refused: it could forge a turn."""
-    if isinstance(turns, str) and turns.lstrip().startswith("["):  # in a table
-        with contextlib.suppress(ValueError, RecursionError):
-            turns = json.loads(turns)
-    if not isinstance(turns, list) or not is_conversation(turns):
+    turns = parsed(turns)
+    if not is_conversation(turns):
         raise Unusable("no conversation", f"{name!r} must be a list of {{'role': ..., 'content': ...}} objects")
     messages = []
     for turn in map(dict, turns):
@@ -215,7 +227,7 @@ def with_system(messages, rest):
 
 def past(rest):
     """The turns of a `history`, a list of pairs of question and answer."""
-    _, pairs = take(rest, "history")
+    pairs = parsed(take(rest, "history")[1])
     if pairs is not None and not (isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)):
         raise Unusable("a history that is no list of pairs", beginning(pairs))
     return [Message(role, {"content": text_of(text, "history")})

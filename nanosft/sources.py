@@ -6,15 +6,17 @@ import gzip
 import json
 import re
 import zlib
+from itertools import chain, islice
 from pathlib import Path
 
 from nanosft.console import UserError
 from nanosft.records import NAMES, is_conversation
 
-UNREADABLE = (ValueError, csv.Error, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
+UNREADABLE = (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "table", "tsv": "table", "txt": "text",
          "parquet": "parquet"}  # of a file, by the end of its name
 SEPARATOR = "<|endoftext|>"  # stands on a line of its own between two documents of a .txt file
+CUT = "truncated_cells"  # the viewer's list of columns that it has cut in a row
 KNOWN = {name for names in NAMES.values() for name in names}
 
 
@@ -28,22 +30,35 @@ def kind_of(path):
 def paths_of(flag, names):
     """The files that a flag names: a path, a directory, a pattern like *.jsonl, or several of them with commas."""
     paths = []
-    for name in [names] if exists(names) else names.split(","):
-        path = Path(name)
-        if exists(name) and path.is_file():
-            if not kind_of(path):
-                kinds = " ".join(f".{end}" for end in KINDS)
-                raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so")
-            paths.append(path)
-            continue
-        found = sorted(path.rglob("*") if exists(name) else map(Path, glob.glob(name, recursive=True)))
-        found = [file for file in found if file.is_file() and kind_of(file) and not file.name.startswith(".")]
-        if not found:
-            fault = "a directory without such files" if exists(name) else "not there"
-            raise UserError(f"--{flag}: {name!r} is {fault}; give a file, a directory with some, or a pattern like "
-                            "'data/*.jsonl'")
-        paths += found
+    for name in [names] if exists(names) else filter(None, map(str.strip, names.split(","))):
+        paths += files_in(flag, name)
+    if any(kind_of(path) == "text" for path in paths) and not all(kind_of(path) == "text" for path in paths):
+        raise UserError(f"--{flag}: {names} has texts (.txt) and records; name one kind, as in '{names}/*.txt'")
+    if not paths:
+        raise UserError(f"--{flag}: {names!r} names no file; give one")
     return list(dict.fromkeys(paths))
+
+
+def files_in(flag, name):
+    """The files behind one name, sorted. What else a directory holds is said."""
+    path, kinds = Path(name), " ".join(f".{end}" for end in KINDS)
+    if not exists(name):
+        found = sorted(map(Path, glob.glob(name, recursive=True)))
+    elif path.is_file():
+        if not kind_of(path):
+            raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so")
+        return [path]
+    else:
+        found = sorted(path.rglob("*"))
+    found = [file for file in found if file.is_file() and not file.name.startswith(".")]
+    files = [file for file in found if kind_of(file)]
+    if not files:
+        fault = "a directory without such files" if exists(name) else "not there"
+        raise UserError(f"--{flag}: {name!r} is {fault}; give a file, a directory with {kinds}, or a pattern like "
+                        "'data/*.jsonl'")
+    if len(files) < len(found):
+        print(f"{name}: not read: {', '.join(file.name for file in found if file not in files)[:100]}")
+    return files
 
 
 def exists(name):
@@ -73,7 +88,9 @@ def open_text(path, encoding="", newline=""):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         head = file.read(4096)
-    return opener(path, "rt", encoding=encoding or encoding_of(head), newline=newline)
+    if not encoding or codecs.lookup(encoding).name == "utf-8":  # with or without a mark
+        encoding = encoding_of(head)
+    return opener(path, "rt", encoding=encoding, newline=newline)
 
 
 def read_records(path, text_encoding="", separator=SEPARATOR):
@@ -95,7 +112,9 @@ def read_records(path, text_encoding="", separator=SEPARATOR):
         raise
     except UnicodeDecodeError as error:
         raise UserError(f"{name}, in or after {location}: {error}; save it as UTF-8, or prepare it with "
-                        "--text_encoding=cp1252 or whatever it is") from None
+                        "--text_encoding=cp1252, or what else it is in") from None
+    except csv.Error as error:
+        raise UserError(f"{name}, in or after {location}: {error}; check the quotes there") from None
     except UNREADABLE as error:
         raise UserError(f"{name}, in or after {location}: {error}; save or download it again") from None
 
@@ -133,92 +152,105 @@ def read_values(file, name):
 
 
 def read_json_records(file, name):
-    """Yields (location, record) for the records of JSON values."""
-    for location, value in read_values(file, name):
-        records = list_in(value, name)
-        if records is None:
-            yield location, value
-            continue
-        for number, record in enumerate(records, 1):
-            is_row = isinstance(record, dict) and {"row_idx", "row"} <= record.keys()  # as the hub's viewer exports it
-            yield f"record {number}", record["row"] if is_row else record
+    """Yields (location, record): a value each or, where the file is one value, the records in it."""
+    values = read_values(file, name)
+    first = list(islice(values, 2))
+    if len(first) != 1:
+        yield from chain(first, values)
+        return
+    (location, value), = first
+    for number, record in enumerate(records_in(value, name), 1):
+        if isinstance(record, dict) and {"row_idx", "row"} <= record.keys():  # as the hub's viewer exports it
+            cut = {CUT: record[CUT]} if record.get(CUT) else {}
+            record = {**record["row"], **cut}
+        yield location if record is value else f"record {number}", record
 
 
-def list_in(value, name):
-    """The list of records that a JSON value is or holds, as {"data": [...]} does, or a dict of columns; None where the
-    value is a record itself."""
+def records_in(value, name):
+    """The records in a file's only JSON value: a list, {"data": [...]}, an object of columns, or a record itself."""
     if isinstance(value, list):
-        return None if is_conversation(value) or not all(isinstance(entry, dict | list) for entry in value) else value
-    if not isinstance(value, dict) or not value:
-        return None
-    inner, first = list(value.values()), next(iter(value.values()))
-    if not isinstance(first, list | dict) and not KNOWN.isdisjoint(value):  # most are plain records
-        return None
-    for kind in (list, dict):  # columns: lists of one length or, as pandas writes them, objects with the same names
-        if all(type(column) is kind and len(column) == len(first) for column in inner) and first and len(value) > 1:
-            rows = [list(column.values()) if kind is dict else column for column in inner]
-            if not any(isinstance(cell, dict | list) for row in rows for cell in row[:9]):
-                return [dict(zip(value, row, strict=True)) for row in zip(*rows, strict=True)]
-    lists = {key: entry for key, entry in value.items()
-             if isinstance(entry, list) and entry and all(isinstance(record, dict | list) for record in entry)}
-    if not lists or KNOWN & value.keys():
-        return None
-    if len(lists) > 1 and "train" not in lists:
-        raise UserError(f"{name} holds several lists, {', '.join(lists)}; save the one to train on by itself")
-    key = "train" if "train" in lists else next(iter(lists))
-    for other, records in lists.items():
-        if other != key:
-            print(f"{name}: not used: {other} ({len(records):,} records)")
-    return lists[key]
+        return [value] if is_conversation(value) else value
+    known = [value[key] for key in KNOWN & value.keys()] if isinstance(value, dict) else [value]
+    if not value or any(not isinstance(entry, list | dict) or is_conversation(entry) for entry in known):
+        return [value]
+    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):  # pandas: orient="split"
+        return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+    columns, first = list(value.values()), next(iter(value.values()))
+    if all(isinstance(column, dict) for column in columns):
+        if all(column.keys() == first.keys() and all(map(str.isdigit, column)) for column in columns):
+            return [{key: column[row] for key, column in value.items()} for row in first]
+        return [value] if known else columns  # orient="index"
+    lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
+    records = {key: entry for key, entry in lists.items()
+               if entry and all(isinstance(record, dict) for record in entry) and not is_conversation(entry)}
+    if len(lists) == len(value) and len({*map(len, columns)}) == 1 and (known or not records):
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    for key in ("train", "data", "rows", *records):
+        if key in records and (len(records) == 1 or key in ("train", "data", "rows")):
+            others = [other for other in value if other != key]
+            if others:
+                print(f"{name}: not used: {', '.join(others)}")
+            return records[key]
+    if records:
+        raise UserError(f"{name} holds several lists, {', '.join(records)}; save the one to train on by itself")
+    return [value]
 
 
 # ---- tables, text, parquet ------------------------------------------------------------------------------------------
 
 def read_table(file, name):
     """Yields (location, {column: text}) for every row but the first, which names the columns. What separates them, and
-    how quotes within quotes are written, is seen."""
+    how quotes are written, is seen."""
     csv.field_size_limit(2**31 - 1)
-    headers = {}
-    for delimiter in "\t,;|" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t|":
+    if not re.fullmatch("sep=.", file.readline().lstrip("\ufeff").strip()):  # Excel's own line
         file.seek(0)
+    start, headers = file.tell(), {}
+    for delimiter in "\t,;|" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t|":
+        file.seek(start)
         headers[delimiter] = next(filter(any, csv.reader(file, delimiter=delimiter)), [])
     delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equals
-    spaced = any(column.startswith(" ") for column in headers[delimiter][1:])
-    options = dict(delimiter=delimiter, skipinitialspace=spaced, strict=True)
-    repair = has_escaped_quotes(file, options)
-    file.seek(0)
-    rows = csv.reader(map(double_quotes, file) if repair else file, **options)
-    columns = [column.strip() if spaced else column for column in next(filter(any, rows), [])]
+    columns = headers[delimiter]
+    spaced = any(column.startswith(" ") for column in columns[1:])
     while columns and not columns[-1]:  # Excel's empty ones
         columns.pop()
-    columns = [column or f"column {number}" for number, column in enumerate(columns, 1)]
+    columns = [(column.strip() if spaced else column) or f"column {number}" for number, column in enumerate(columns, 1)]
     if len(set(columns)) < len(columns):
         raise UserError(f"{name}, line 1: duplicate column names in {columns}; rename them")
+
+    def rows_of(**quoting):
+        file.seek(start)
+        lines = map(keep_backslashes, file) if "escapechar" in quoting else file
+        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True, **quoting)
+        next(filter(any, rows), None)
+        return rows
+
+    usual = {}
+    plain = [{"quoting": csv.QUOTE_NONE}] if delimiter == "\t" else []
+    for quoting in (usual, {"escapechar": "\\"}, *plain):  # "" or \" within quotes, or quotes that mean nothing
+        if fits(rows_of(**quoting), len(columns), delimiter):
+            usual = quoting
+            break
+    rows = rows_of(**usual)
     for row in filter(any, rows):
-        if len(row) != len(columns):
-            if len(row) < len(columns) or any(row[len(columns):]):
-                raise UserError(f"{name}, line {rows.line_num}: {len(row)} fields where the header has {len(columns)}; "
-                                "quote fields that hold the separator")
-            row = row[:len(columns)]
-        yield f"line {rows.line_num}", dict(zip(columns, row, strict=True))
+        if len(row) < len(columns) or any(row[len(columns):]):
+            remedy = "fill in the others" if len(row) < len(columns) else "quote fields that hold the separator"
+            raise UserError(f"{name}, line {rows.line_num}: {len(row)} fields where the header has {len(columns)}; "
+                            f"{remedy}")
+        yield f"line {rows.line_num}", dict(zip(columns, row, strict=False))
 
 
-def has_escaped_quotes(file, options):
-    """Whether a table writes quotes within quotes as \\" and not as "": where it can be read in no other way."""
-    file.seek(0)
-    if not any('\\"' in line for line in file):
-        return False
-    file.seek(0)
+def fits(rows, width, delimiter):
+    """Whether all rows have the header's width and, in a table with tabs, no field has swallowed others."""
     try:
-        for _ in csv.reader(file, **options):
-            pass
+        return not any(any(row) and (len(row) < width or any(row[width:]) or delimiter == "\t" and any(
+            "\t" in field and "\n" in field for field in row)) for row in rows)
     except csv.Error:
-        return True
-    return False
+        return False
 
 
-def double_quotes(line):
-    return re.sub(r'(?<!\\)((?:\\\\)*)\\"', r'\1""', line)
+def keep_backslashes(line):
+    """Doubles the backslashes that stand before neither a quote nor a backslash: csv takes away one of two."""
+    return re.sub(r'\\([\\"])|\\', lambda match: match[0] if match[1] else "\\\\", line)
 
 
 def read_documents(file, separator):
@@ -240,12 +272,17 @@ def read_documents(file, separator):
 def read_parquet(path):
     """Yields (location, record) for every row."""
     try:
+        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path.name} needs pyarrow: pip install pyarrow") from None
     number = 0
-    with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=2048):
-            for record in batch.to_pylist():
-                number += 1
-                yield f"row {number}", record
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=2048):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        raise UserError(f"{path.name}, after row {number}: {str(error)[:200]}; write it again, with plain columns"
+                        ) from None

@@ -11,6 +11,8 @@ from nanosft.files import read_json
 # does not go back behind "++", which makes it faster.
 GPT2 = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|\s+"
 DIGITS = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+          r"|\s+(?!\S)|\s+")  # what Llama 3's file says
 
 # The file spells each byte as one letter: a visible one of Latin-1 as itself, the 68 others as U+0100 and what follows.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -20,7 +22,8 @@ BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(256 + n): byte for n, byte 
 
 class Tokenizer(tiktoken.Encoding):
     """An encoding with a model's own special tokens: `eos_token` and `bos_token` are the texts of those that end and
-    begin a text; `starts_with_bos` says whether the file puts the latter first. `lacking`: the bytes without an id."""
+    begin a text; `starts_with_bos` says whether the file puts the latter first. `pattern`: how it cuts a text, as GPT2,
+    DIGITS or its own. `lacking`: the bytes without an id."""
     eot_token = None  # the id of eos_token: an attribute, in the place of tiktoken's property
 
     def encode_ordinary(self, text):
@@ -68,13 +71,13 @@ def convert(path, values):
     steps = (values["pre_tokenizer"] or {}).get("pretokenizers", [values["pre_tokenizer"]])
     match [{"use_regex": True, **(step or {})} for step in steps]:
         case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            pattern = GPT2
+            cut = pattern = GPT2
         case [{"type": "Digits", "individual_digits": True},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
-            pattern = DIGITS
+            cut = pattern = DIGITS
         case [{"type": "Split", "pattern": {"Regex": str(found)}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            pattern = f"{found}|(?:(?!{found})(?s:.))+"  # what lies between two matches is a piece too
+            cut, pattern = found, f"{found}|(?:(?!{found})(?s:.))+"  # what lies between two matches is a piece too
         case _:
             refuse(f"the pre-tokenizer {steps}")
 
@@ -89,6 +92,7 @@ def convert(path, values):
     if order != sorted(order) or len({*ranks.values()}) < len(ranks):
         refuse("merges in another order than their ids, or one id twice")
     tokenizer = Tokenizer("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+    tokenizer.pattern = cut
     tokenizer.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
     if tokenizer.lacking and model.get("unk_token"):
         refuse(f"unk_token={model['unk_token']} and not every byte")

@@ -102,8 +102,9 @@ def evil(save, name):
 
 
 def prepared(path, out_dir, **flags):
+    template = "" if ".txt" in str(path) else "chat"
     return prepare_data.main(PrepareConfig(**{**dict(input=str(path), out_dir=str(out_dir), encoding="bytes", show=0,
-                                                     val_fraction=0, test_fraction=0, template="chat"), **flags}))
+                                                     val_fraction=0, test_fraction=0, template=template), **flags}))
 
 
 def training(data_dir, out_dir):
@@ -190,7 +191,7 @@ RECORDS = [
      "the alpaca template holds one question and one answer .*--template=chat", dict(template="alpaca")),
     ("unanswered.jsonl", turns(("user", "a")) * 2, "nothing to train on .2 records; 2 dropped: no answer .first: una"),
     # tables
-    ("ragged.csv", "text,b\n1,2\n3\n", "ragged.csv, line 3: 1 fields where the header has 2; quote fields that hold"),
+    ("ragged.csv", "text,b\n1,2\n3\n", "ragged.csv, line 3: 1 fields where the header has 2; fill in the others"),
     ("wide.tsv", "text\tb\n1\t2\t3\n", "wide.tsv, line 2: 3 fields where the header has 2; quote fields that hold"),
     ("twice.csv", "text,b,text\n1,2,3\n", r"twice.csv, line 1: duplicate column names in \['text'.*; rename them"),
     ("unclosed.csv", 'text,b\n1,"2\n3,4\n', "unclosed.csv, in or after line 1: unexpected end of data"),

@@ -1,4 +1,5 @@
 """The files and records that people have: what each becomes, what is said about it, and what is refused."""
+import datetime
 import gzip
 import json
 
@@ -86,15 +87,25 @@ RECORDS = {
         [("user", "q1"), ("-assistant", "a1"), *ASKED], []),
     "TRL's prompt and a text": ({"prompt": turns(("user", "q")), "completion": "a"}, ASKED, []),
     "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [("prompt", "q")], ["chosen", "rejected"]),
+    "capitals": ({"Question": "q", " ANSWER": "a"}, ASKED, []),
+    "a list of one text": ({"question": "q", "answer": ["a"]}, ASKED, []),
+    "ShareGPT with text": ({"conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="text")},
+                           ASKED, []),
+    "a history as JSON": ({"instruction": "q", "output": "a", "history": '[["q1", "a1"]]'}, TWICE, []),
+    "an empty history as JSON": ({"instruction": "q", "output": "a", "history": "[]"}, ASKED, []),
+    "a date": ({"question": "q", "answer": datetime.date(2026, 11, 28)},
+               [("user", "q"), ("assistant", "2026-11-28")], []),
+    "columns that are no turns": ({"from": "en", "to": "de", "prompt": "q", "completion": "a"},
+                                  [("prompt", "q"), ("completion", "a")], ["from", "to"]),
     "tools beside a conversation without calls": ({"messages": turns(*ASKED), "tools": [{"x": 1}]}, ASKED, ["tools"]),
 }
 
 
 @pytest.mark.parametrize("record, messages, unused", RECORDS.values(), ids=RECORDS)
 def test_what_a_record_becomes(record, messages, unused):
-    before = json.dumps(record)
+    before = json.dumps(record, default=str)
     assert said(record) == (messages, unused)
-    assert json.dumps(record) == before  # it is left as it came, for test.jsonl
+    assert json.dumps(record, default=str) == before  # it is left as it came, for test.jsonl
 
 
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
@@ -118,6 +129,14 @@ UNUSABLE = {
     "no role": ({"messages": [{"role": None, "content": "q"}]}, "a field that is no text"),
     "half a weight": ({"messages": turns(*ASKED, weight=0.5)}, "a weight that is neither 0 nor 1"),
     "an image": ({"messages": turns(("user", IMAGE), ("assistant", "a"))}, "a part that is no text"),
+    "an image beside a text": ({"messages": turns(("user", [{"text": "q", "image": "x.png"}]), ("assistant", "a"))},
+                               "a part that is no text"),
+    "several answers": ({"question": "q", "answer": ["a", "b"]}, "a field that is no text"),
+    "a list of texts": ({"text": ["a", "b"]}, "a field that is no text"),
+    "cells that are cut": ({"question": "q", "answer": "a", "truncated_cells": ["answer"]},
+                           "cells that the hub's viewer has cut"),
+    "a nested list": ({"paragraph": "p", "qas": [{"question": "q", "answer": "a"}]}, "unknown kind of record"),
+    "preferences alone": ({"chosen": turns(*ASKED), "rejected": turns(*ASKED)}, "unknown kind of record"),
     "an object for an answer": ({"question": "q", "answer": {"text": ["a"]}}, "a field that is no text"),
     "a list of numbers": ({"text": [1, 2]}, "a field that is no text"),
     "a history of texts": ({"instruction": "q", "output": "a", "history": ["x"]}, "a history that is no list of pairs"),
@@ -151,6 +170,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 VIEWER = {"features": [], "rows": [{"row_idx": i, "row": row, "truncated_cells": []} for i, row in enumerate(ROWS)],
           "num_rows_total": 2}
 COLUMNS = {name: [row[name] for row in ROWS] for name in ROWS[0]}
+SHUFFLED = {"question": {"0": "q1", "1": "q2"}, "answer": {"1": "a2", "0": "a1"}}
 PANDAS = {name: {str(i): value for i, value in enumerate(column)} for name, column in COLUMNS.items()}
 TABLE = "question,answer\nq1,a1\nq2,a2\n"
 TURNS = [{"messages": turns(*ASKED)}, {"messages": turns(*TWICE)}]
@@ -165,7 +185,15 @@ FILES = [
     ("data.json", json.dumps({"version": "1", "data": ROWS}), ROWS), ("train.json", json.dumps({"train": ROWS}), ROWS),
     ("both.json", json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1), ROWS),
     ("viewer.json", json.dumps(VIEWER), ROWS), ("columns.json", json.dumps(COLUMNS), ROWS),
-    ("pandas.json", json.dumps(PANDAS), ROWS), ("chats.json", json.dumps(TURNS), TURNS),
+    ("pandas.json", json.dumps(PANDAS), ROWS), ("shuffled.json", json.dumps(SHUFFLED), ROWS),
+    ("split.json", json.dumps({"columns": list(ROWS[0]), "index": [0, 1], "data": [["q1", "a1"], ["q2", "a2"]]}), ROWS),
+    ("index.json", json.dumps({"a": ROWS[0], "b": ROWS[1]}), ROWS),
+    ("table.json", json.dumps({"schema": {"fields": []}, "data": ROWS}), ROWS),
+    ("nested.json", json.dumps({"messages": [row["messages"] for row in TURNS]}), TURNS),
+    ("single.json", json.dumps({"text": ["a", "b"]}), [{"text": "a"}, {"text": "b"}]),
+    ("null.json", json.dumps([None, *ROWS]), [None, *ROWS]),
+    ("ner.jsonl", '{"tokens": ["a", "b"], "tags": ["x", "y"]}\n' * 2, [{"tokens": ["a", "b"], "tags": ["x", "y"]}] * 2),
+    ("chats.json", json.dumps(TURNS), TURNS),
     ("turns.jsonl", "".join(json.dumps(row["messages"]) + "\n" for row in TURNS), [row["messages"] for row in TURNS]),
     ("turns.json", json.dumps(TURNS[0]["messages"]), [TURNS[0]["messages"]]),
     ("conversations.json", json.dumps([row["messages"] for row in TURNS]), [row["messages"] for row in TURNS]),
@@ -182,6 +210,12 @@ FILES = [
     ("quotes.csv", 'question,answer\n"say ""q""","a, b"\n', [{"question": 'say "q"', "answer": "a, b"}]),
     ("escaped.csv", 'question,answer\n"say \\"q\\", twice","C:\\dir"\n', [{"question": 'say "q", twice',
                                                                          "answer": "C:\\dir"}]),
+    ("escaped_outside.csv", 'question,answer\nsay \\"q\\" now,y\n"a \\"b\\", c\\n",z\n', [
+        {"question": 'say "q" now', "answer": "y"}, {"question": 'a "b", c\\n', "answer": "z"}]),
+    ("bare_quotes.tsv", 'question\tanswer\n"Hello there\ta1\nq2\ta2\n5 foot 2"\ta3\n', [
+        {"question": '"Hello there', "answer": "a1"}, {"question": "q2", "answer": "a2"},
+        {"question": '5 foot 2"', "answer": "a3"}]),
+    ("sep.csv", "sep=;\r\nquestion;answer\r\nq1;a1\r\n", ROWS[:1]),
     ("backslash.csv", 'question,answer\n"C:\\",a\n', [{"question": "C:\\", "answer": "a"}]),
     ("newline.csv", 'question,answer\n"one\ntwo",a\n', [{"question": "one\ntwo", "answer": "a"}]),
     ("one_column.csv", "text\nla la\nlo, lo\n".replace("lo, lo", '"lo, lo"'), [{"text": "la la"}, {"text": "lo, lo"}]),
@@ -199,7 +233,17 @@ def test_what_a_file_holds(name, content, records, tmp_path, capsys):
         assert [record for _, record in read_records(tmp_path / name)] == records, encoding
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
     assert [record for _, record in read_records(tmp_path / f"{name}.gz")] == records
-    assert ("not used: test (1 records)" in capsys.readouterr().out) == (name == "both.json")
+    printed = {"both.json": "both.json: not used: test", "data.json": "data.json: not used: version",
+               "split.json": "", "viewer.json": "viewer.json: not used: features, num_rows_total",
+               "table.json": "table.json: not used: schema"}.get(name, "")
+    assert {line.replace(".gz", "") for line in capsys.readouterr().out.splitlines()} == set(filter(None, [printed]))
+
+
+def test_rows_that_the_viewer_has_cut_are_told_from_whole_ones(tmp_path):
+    rows = [{"row_idx": i, "row": row, "truncated_cells": ["a"] * i} for i, row in enumerate(ROWS)]
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
+    assert [record for _, record in read_records(tmp_path / "a.json")] == [
+        ROWS[0], {**ROWS[1], "truncated_cells": ["a"]}]
 
 
 def test_other_encodings_are_named(tmp_path):
@@ -208,6 +252,8 @@ def test_other_encodings_are_named(tmp_path):
         list(read_records(tmp_path / "a.csv"))
     (_, record), = read_records(tmp_path / "a.csv", "cp1252")
     assert record == {"question": "café", "answer": "“ja”"}
+    (tmp_path / "c.csv").write_bytes("question,answer\nq,a\n".encode("utf-8-sig"))
+    assert [record for _, record in read_records(tmp_path / "c.csv", "UTF8")] == [{"question": "q", "answer": "a"}]
     (tmp_path / "b.csv").write_bytes("question,answer\nдом,да\n".encode("utf-16"))
     assert [record for _, record in read_records(tmp_path / "b.csv")] == [{"question": "дом", "answer": "да"}]
     with pytest.raises(UserError, match="--text_encoding: Python knows no 'klingon'; try cp1252"):
@@ -222,11 +268,11 @@ def test_parquet(tmp_path):
     found = list(read_records(tmp_path / "a.parquet"))
     assert [record for _, record in found] == rows and found[-1][0] == "row 6000"
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no parquet")
-    with pytest.raises(UserError, match="a.parquet, in or after line 1: .*again"):
+    with pytest.raises(UserError, match="a.parquet, after row 0: .*; write it again, with plain columns"):
         list(read_records(tmp_path / "a.parquet"))
 
 
-def test_several_files_directories_and_patterns(tmp_path, monkeypatch):
+def test_several_files_directories_and_patterns(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a.jsonl", "b.csv", "in/c.txt", "in/deep/d.txt", "in/.hidden.txt", "in/notes.pdf", "e, f.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -236,9 +282,12 @@ def test_several_files_directories_and_patterns(tmp_path, monkeypatch):
         return [str(path) for path in paths_of("input", names)]
     assert found("a.jsonl,b.csv") == ["a.jsonl", "b.csv"] and found("b.csv,a.jsonl,b.csv") == ["b.csv", "a.jsonl"]
     assert found("in") == ["in/c.txt", "in/deep/d.txt"] and found("e, f.jsonl") == ["e, f.jsonl"]
+    assert capsys.readouterr().out == "in: not read: notes.pdf\n"
+    assert found("a.jsonl, b.csv,") == ["a.jsonl", "b.csv"]
     assert found("*.jsonl") == ["a.jsonl", "e, f.jsonl"] and found("in/**/*.txt") == ["in/c.txt", "in/deep/d.txt"]
     for names, message in (("no.jsonl", "'no.jsonl' is not there; give a file"), ("a.jsonl,no.csv", "'no.csv' is not"),
                            ("in/notes.pdf", "notes.pdf is none of .json"),
+                           (",", "',' names no file"), (".", ". has texts .* and records; name one kind"),
                            ("*.xlsx", r"'\*.xlsx' is not")):
         with pytest.raises(UserError, match=f"^--input: {message}"):
             paths_of("input", names)
@@ -291,6 +340,17 @@ def test_documents_in_one_file_and_in_several_are_split_whole(tmp_path):
         assert sum(meta[split]["examples"] for split in ("train", "val", "test")) == 40
         held_out = [json.loads(line)["text"] for line in (tmp_path / "d" / "test.jsonl").read_text().splitlines()]
         assert 1 < len(held_out) < 20 and set(held_out) < set(songs) and meta["block_size"] == 1024
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(separator="---"), "--separator: no line of a.txt is '---'; leave it out"),
+    (dict(template="chat"), "a .txt file is plain text; leave them out"),
+    (dict(prompt_format="{a}", response_format="{b}"), "a .txt file is plain text; leave them out"),
+    (dict(input="", val_input="a.txt"), "--input: needed with --val_input and --test_input")])
+def test_flags_without_an_effect_are_refused(flags, message, tmp_path):
+    (tmp_path / "a.txt").write_text("la la\n")
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, **{**dict(input=str(tmp_path / "a.txt")), **flags})
 
 
 def test_the_preview_tells_a_special_token_from_text_that_looks_like_one(tmp_path, capsys):
