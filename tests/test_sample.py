@@ -372,5 +372,6 @@ def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag
     for path in tmp_path / "out" / "best", tmp_path / "export":
         assert_same_logits(loaded.model, theirs(path))
         tokenizer, chat = transformers.AutoTokenizer.from_pretrained(path), [("system", "Be."), ("user", "Say red.")]
-        assert loaded.prompt_ids([Message(role, {"content": text}) for role, text in chat]) == tokenizer.apply_chat_template(
+        asked = [Message(role, {"content": text}) for role, text in chat]
+        assert loaded.prompt_ids(asked) == tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in chat], add_generation_prompt=True, return_dict=False)
