@@ -72,6 +72,9 @@ class TrainConfig:
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
     save_interval: int = -1  # steps between checkpoints; -1 = every 2 to 10 minutes; 0 = only at the end
+    best_by: str = "loss"  # what best/ follows, on validation records: loss | exact (answers) | likelihood (of labels)
+    best_examples: int = 64  # validation records that are answered for that
+    patience: int = 0  # stop after so many evaluations without a better one; 0 = never
     log_interval: int = 0  # steps between log lines; 0 = about fifty a run
     wandb: bool = False  # log to Weights & Biases too
     # machine
@@ -83,11 +86,12 @@ class TrainConfig:
     seed: int = 1337  # of weights, order and dropout
 
     def __post_init__(self):
-        at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size"), 1)
+        at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size", "best_examples"), 1)
         at_least |= dict.fromkeys(("eval_interval", "save_interval"), -1)
         at_least |= dict.fromkeys((
             "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate", "min_lr",
-            "warmup_steps", "weight_decay", "grad_clip", "log_interval", "lora_rank", "lora_alpha", "seed"), 0)
+            "warmup_steps", "weight_decay", "grad_clip", "log_interval", "lora_rank", "lora_alpha", "seed",
+            "patience"), 0)
         problems = []
         if self.low_memory and self.beta2 > 0.99:
             problems.append(f"--low_memory: needs --beta2=0.99 or less, not {self.beta2}: bfloat16 is coarse")
@@ -95,12 +99,14 @@ class TrainConfig:
             problems.append("--overwrite: goes on with nothing: give it or --resume")
         check(self, at_least, ("dropout", "lora_dropout", "warmup_ratio", "beta1", "beta2"), {
             "lr_schedule": ("cosine", "linear", "constant"), "compile": ("auto", "on", "off"),
+            "best_by": ("loss", "exact", "likelihood"),
             "dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems)
 
 
 # what --resume may change; everything else decides which numbers come out
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens", "epochs", "max_steps", "max_minutes",
-              "eval_interval", "save_interval", "log_interval", "device", "compile", "wandb", "gradient_checkpointing"}
+              "eval_interval", "save_interval", "log_interval", "patience", "device", "compile", "wandb",
+              "gradient_checkpointing"}
 
 
 @dataclass
@@ -111,6 +117,9 @@ class RunState:
     train_loss: float = math.nan  # of the last step, per supervised token
     val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
+    val_score: float = 0.0  # share of right answers in the last evaluation, where best/ follows it
+    best_val_score: float = -1.0
+    waited: int = 0  # evaluations since the best one
     skipped: int = 0  # steps in a row that were not finite
     optimizer: AdamW | None = None  # masters and moments
 
@@ -444,7 +453,8 @@ def begin(run, samples):
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     clear(out_dir, () if config.resume else RESULTS)
-    report.write_rows(out_dir / "log.csv",
+    columns = report.COLUMNS if config.best_by == "loss" else [*report.COLUMNS, "val_score"]
+    report.write_rows(out_dir / "log.csv", columns,
                       [row for row in report.read_rows(out_dir / "log.csv") if row["step"] <= run.state.step])
     if run.state.step == 0:
         with evaluating(run.model):
@@ -453,21 +463,32 @@ def begin(run, samples):
 
 
 def evaluate_and_keep_best(run, samples, max_tokens):
-    """Evaluates, shows a few answers and writes best/ if the loss is the lowest so far. Returns what log.csv shows."""
-    state, heading = run.state, f"step {run.state.step:,}"
-    better = not len(run.val)  # without validation data the newest is the best
+    """Evaluates, shows a few answers and writes best/ if the loss, or what --best_by says, is the best so far. Returns
+    what log.csv shows: the validation loss and the share of right answers."""
+    state, heading, config = run.state, f"step {run.state.step:,}", run.config
+    better, rank = not len(run.val), rank_and_world_size()[0]  # without validation data the newest is the best
     if len(run.val):
         state.val_loss = evaluate(run.model, run.val, max_tokens)
         heading += f", validation loss {state.val_loss:.4f}"
-        if state.val_loss < state.best_val_loss:  # NaN is never better
-            better, state.best_val_loss = True, state.val_loss
+        reached, best = (-state.val_loss,), (-state.best_val_loss,)
+        if config.best_by != "loss":
+            with evaluating(run.model):
+                right = samples.right(run.model, config.best_by) if rank == 0 else 0
+            state.val_score = all_reduce(right) / len(samples.prompts)
+            heading += f", {config.best_by} {state.val_score:.1%}"
+            reached, best = (state.val_score, *reached), (state.best_val_score, *best)
+        better = reached > best  # NaN is never better
+        state.waited = 0 if better else state.waited + 1
+        if better:
+            state.best_val_loss, state.best_val_score = state.val_loss, state.val_score
             heading += ", the best so far"
-    if rank_and_world_size()[0] == 0:
+    if rank == 0:
         with evaluating(run.model):
             samples.show(run.model, heading)
         if better:
             save_weights(run, "best")
-    return state.val_loss if len(run.val) else ""
+    row = {"val_loss": state.val_loss if len(run.val) else ""}
+    return row if config.best_by == "loss" else {**row, "val_score": state.val_score}
 
 
 def train(config, device):
@@ -479,7 +500,10 @@ def train(config, device):
     describe(run)
     max_tokens, token_seconds = warm_up(run, device)
     token_seconds = all_reduce(token_seconds, "MAX")
-    samples = report.Samples(run.val if len(run.val) else data, run.encoding, run.meta["stop"])
+    scored = 0 if config.best_by == "loss" else config.best_examples
+    samples = report.Samples(run.val if len(run.val) else data, run.encoding, run.meta["stop"], scored=scored)
+    if config.best_by != "loss":
+        samples.check(config.best_by, run.meta["prompt"]["template"] == "text" or not len(run.val))
     begin_started = time.perf_counter()
     track = begin(run, samples) if rank == 0 else None
     begin_seconds = all_reduce(time.perf_counter() - begin_started, "MAX")
@@ -497,6 +521,8 @@ def train(config, device):
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     total_steps = steps_in_time(run.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
     total_steps = max(total_steps, min(1, run.steps))
+    if config.patience and state.waited >= config.patience:
+        total_steps = state.step
     with interrupts() as caught:
         while state.step < total_steps and not signum:
             # the batch: the same for every process, which then takes its share
@@ -525,6 +551,8 @@ def train(config, device):
                    "train_loss": state.train_loss, "val_loss": "", "learning_rate": learning_rate, "grad_norm": norm,
                    "tokens": int(data.lengths[indices].sum()), "supervised_tokens": supervised,
                    "seconds": time.perf_counter() - step_started}
+            if config.best_by != "loss":
+                row["val_score"] = ""
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
                 report.show_progress(row, total_steps, step_seconds * (total_steps - state.step), state.skipped)
             # evaluation
@@ -532,9 +560,12 @@ def train(config, device):
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
             due = state.step % interval == 0 and affordable
             if last or due:
-                row["val_loss"] = evaluate_and_keep_best(run, samples, max_tokens)
+                row.update(evaluate_and_keep_best(run, samples, max_tokens))
                 evaluated = seconds()
                 evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
+                if config.patience and state.waited >= config.patience:
+                    total_steps, last = state.step, True
+                    print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")
             # what outlasts the process: a row a step, and a checkpoint now and then
             if config.save_interval < 0:
                 save = state.elapsed - saved >= (120 if due else 600)
@@ -570,7 +601,8 @@ def say_what_follows(config, state, signum, nothing_done):
         print(f"stopped after step {state.step:,} and saved; go on with: python train.py --resume{flag}")
         sys.exit(128 + signum)
     if nothing_done:
-        print("nothing to do: the run had reached its --epochs, --max_steps or --max_minutes; raise what ended it")
+        print("nothing to do: the run had reached its --epochs, --max_steps, --max_minutes or --patience; raise what "
+              "ended it")
         return
     best = f"best validation loss {state.best_val_loss:.4f}; " if math.isfinite(state.best_val_loss) else ""
     flag = out_dir and f" --model={out_dir}"

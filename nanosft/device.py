@@ -33,20 +33,22 @@ def pick_dtype(name, device):
     dtypes, choice = (torch.bfloat16, torch.float16, torch.float32), 2
     if device.type == "cuda":
         choice = 0 if torch.cuda.get_device_capability(device) >= (8, 0) else 1
-    elif device.type == "cpu" and matmul_rate(torch.bfloat16) > 1.2 * matmul_rate(torch.float32):
+    elif device.type == "cpu" and multiplies_bfloat16():
         choice = 0
     return dtypes[int(all_reduce(choice, how="MAX"))]
 
 
-def matmul_rate(dtype, n=512):
-    """Multiplications and additions a second in this dtype on the CPU, by timing one matrix product. A CPU without
-    native bfloat16 takes longer over it than over float32."""
-    x, seconds = torch.ones(n, n, dtype=dtype), math.inf
-    for _ in range(8):
-        started = time.perf_counter()
-        x @ x
-        seconds = min(seconds, time.perf_counter() - started)
-    return 2 * n**3 / seconds
+def multiplies_bfloat16(n=512, rounds=20):
+    """Whether this CPU multiplies bfloat16 natively, by timing matrix products by turns: without, it takes longer over
+    them than over float32. One that is busy for a moment spoils no choice that a whole run pays for."""
+    best = {}
+    for _ in range(rounds):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.ones(n, n, dtype=dtype)
+            started = time.perf_counter()
+            x @ x
+            best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - started)
+    return 1.2 * best[torch.bfloat16] < best[torch.float32]
 
 
 def keep_freed_memory():

@@ -29,9 +29,9 @@ def read_rows(path):
         raise UserError(f"{path} is not as train.py wrote it: put it back, or remove it and lose its rows") from None
 
 
-def write_rows(path, rows):
+def write_rows(path, columns, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
     with atomic_file(path) as file:
@@ -41,7 +41,7 @@ def write_rows(path, rows):
 def append_row(path, row, sync):
     """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
     with opened(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, list(row))
         if not file.tell():  # somebody has removed the log
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
@@ -91,6 +91,7 @@ def plot(out_dir):
         steps, losses, rates, tokens = ([float(row[name]) for row in rows]
                                         for name in ("step", "train_loss", "learning_rate", "tokens"))
         evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        scored = [(float(row["step"]), float(row["val_score"])) for row in rows if row.get("val_score")]
     except (ValueError, KeyError):  # somebody has edited the log
         return
     if not rows:
@@ -114,6 +115,11 @@ def plot(out_dir):
     right = axes.twinx()
     right.plot(steps, rates, ":", color="tab:green")
     right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    if scored:
+        far = axes.twinx()
+        far.spines["right"].set_position(("axes", 1.12))
+        far.plot(*zip(*scored, strict=True), "s--", color="tab:purple", markersize=4)
+        far.set(ylabel="right answers (squares)", ylim=(0, 1))
     try:
         with atomic_file(out_dir / "loss.png") as file:
             figure.savefig(file, format="png", dpi=120)
@@ -138,11 +144,12 @@ def without_template(texts):
 
 
 class Samples:
-    """A few prompts of a split with their right answers, to see in plain text what the model has learned so far."""
+    """The first prompts of a split with their right answers: `count` to see in plain text what the model has learned so
+    far, and `scored` to know how many of its answers are right."""
 
-    def __init__(self, shards, encoding, stop, count=2):
+    def __init__(self, shards, encoding, stop, count=2, scored=0):
         self.encoding, self.stop, self.prompts, self.answers = encoding, stop, [], []
-        for tokens in (shards[i] for i in range(min(40, len(shards)))):
+        for tokens in (shards[i] for i in range(min(max(40, scored), len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())
             if first == 1 and supervised[1:].all():  # plain text: its first words are the prompt
@@ -151,19 +158,46 @@ class Samples:
             self.prompts.append(tokens["id"][:first].tolist())
             self.answers.append(tokens["id"][first:stop].tolist())
         self.titles = [shorten(text) for text in without_template(map(encoding.decode, self.prompts))[:count]]
-        del self.prompts[count:], self.answers[count:]
+        del self.prompts[max(count, scored):], self.answers[max(count, scored):]
 
-    def show(self, model, heading):
-        """Prints the model's greedy answers, each cut at the length of the longest right one plus a little."""
-        status("")
-        print(f"  {heading}:")
-        answers = [[] for _ in self.prompts]
-        limit = min(64, max(map(len, self.answers)) + 4, model.config.block_size - max(map(len, self.prompts)))
-        for step in model.generate(self.prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab):
+    def answer(self, model, prompts, limit):
+        """The model's greedy answers, lists of ids, of up to `limit` tokens."""
+        answers, limit = [[] for _ in prompts], min(limit, model.config.block_size - max(map(len, prompts)))
+        for step in model.generate(prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab):
             for answer, token in zip(answers, step, strict=True):
                 if token is not None:
                     answer.append(token)
-        for title, answer, right in zip(self.titles, answers, self.answers, strict=True):
+        return answers
+
+    def show(self, model, heading):
+        """Prints the first answers, each cut at the length of the longest right one plus a little."""
+        status("")
+        print(f"  {heading}:")
+        count = len(self.titles)
+        answers = self.answer(model, self.prompts[:count], min(64, max(map(len, self.answers[:count])) + 4))
+        for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
             text = self.encoding.decode([token for token in answer if token != self.stop])
             mark = "  (exact)" if answer == right else ""
             print(f"    {title} -> {shorten(text, 70)!r}{mark}", flush=True)
+
+    def check(self, by, are_texts):
+        """UserError where there is nothing to score by."""
+        labels = {*map(tuple, self.answers)}
+        if are_texts:
+            raise UserError(f"--best_by={by} needs validation records with answers; leave it at loss")
+        if by == "likelihood" and not 2 <= len(labels) <= 50:
+            raise UserError(f"--best_by=likelihood needs 2 to 50 different answers, not {len(labels)}; take exact")
+
+    def right(self, model, by, batch=32):
+        """How many answers are right: written exactly, or the likeliest of those that occur."""
+        labels, right = sorted({*map(tuple, self.answers)}), 0
+        batch = batch if by == "exact" else max(1, 64 // len(labels))
+        for start in range(0, len(self.prompts), batch):
+            prompts, answers = self.prompts[start:start + batch], self.answers[start:start + batch]
+            if by == "exact":
+                written = self.answer(model, prompts, max(map(len, answers)))
+            else:
+                likeliest = model.log_likelihood(prompts, list(map(list, labels))).argmax(1).tolist()
+                written = [list(labels[index]) for index in likeliest]
+            right += sum(own == answer for own, answer in zip(written, answers, strict=True))
+        return right

@@ -341,6 +341,55 @@ def test_best_is_the_lowest_validation_loss_never_nan_and_the_last_without_one(f
     assert equal(weights(tmp_path / "four" / "best"), weights(tmp_path / "two" / "last"))
 
 
+def test_patience_ends_a_run_and_a_resumed_one_does_not_forget_the_count(fit, tmp_path, monkeypatch, capsys):
+    losses = [3.0, 2.0, 4.0, 2.0, math.nan, 1.0, 1.0, 1.0, 1.0]
+    monkeypatch.setattr(train, "evaluate", lambda *_: losses.pop(0))
+    flags = dict(eval_interval=1, save_interval=1, patience=3)
+    assert fit("whole", max_steps=9, **flags).step == 5 and losses[0] == 1.0
+    assert "no better evaluation in 3: this is the end (--patience=3)" in capsys.readouterr().out
+    losses[:] = [3.0, 2.0, 4.0, 2.0, 5.0]
+    assert fit("cut", max_steps=4, **flags).waited == 2
+    assert fit("cut", resume=True, max_steps=9).step == 5 and not losses
+    assert fit("cut", resume=True, max_steps=9).step == 5  # nothing is left to do
+    assert "raise what ended it" in capsys.readouterr().out.splitlines()[-1]
+    losses[:] = [1.0, 2.0, 2.0, 2.0]
+    assert fit("cut", resume=True, max_steps=9, patience=5).step == 9
+
+
+@pytest.mark.parametrize("by", ["exact", "likelihood"])
+def test_best_follows_the_answers_where_that_is_asked_for(by, fit, prepare, tmp_path, monkeypatch, capsys):
+    records = [{"prompt": f"{i} is ", "completion": ("even", "odd")[i % 2]} for i in range(60)]
+    data = str(prepare(records, val_fraction=0.3, test_fraction=0, template=""))
+    scores, losses = iter([3, 5, 5, 4]), iter([1.0, 4.0, 3.0, 0.5])
+    monkeypatch.setattr(report.Samples, "right", lambda *_: next(scores))
+    monkeypatch.setattr(train, "evaluate", lambda *_: next(losses, 9.0))
+    state = fit(data_dir=data, max_steps=4, eval_interval=1, lr_schedule="constant", warmup_ratio=0, best_by=by,
+                best_examples=10)
+    assert (state.best_val_score, state.best_val_loss, state.waited) == (0.5, 3.0, 1)
+    assert [row["val_score"] for row in rows(tmp_path / "out")] == ["0.3", "0.5", "0.5", "0.4"]
+    assert f"step 3, validation loss 3.0000, {by} 50.0%, the best so far" in capsys.readouterr().out
+    fit("three", data_dir=data, max_steps=3, eval_interval=0, lr_schedule="constant", warmup_ratio=0)
+    assert equal(weights(tmp_path / "out" / "best"), weights(tmp_path / "three" / "last"))
+    fit.plot(tmp_path / "out")
+    with pytest.raises(UserError, match="--best_by=likelihood needs 2 to 50 different answers, not 1; take exact"):
+        fit("one", data_dir=str(prepare([{**record, "completion": "a"} for record in records], template="",
+                                        val_fraction=0.3)), best_by="likelihood")
+    with pytest.raises(UserError, match=f"--best_by={by} needs validation records with answers; leave it at loss"):
+        fit("text", data_dir=str(prepare([{"text": f"la {i}"} for i in range(60)], val_fraction=0.3)), best_by=by)
+
+
+def test_right_answers_are_those_that_sample_py_counts(data):
+    """A model that has learned its examples by heart answers them exactly; a fresh one none."""
+    shards, encoding = Shards(data, load_meta(data), "train", 6), get_encoding("bytes")
+    samples, model = report.Samples(shards, encoding, 256, scored=6), tiny(block_size=256).eval()
+    assert samples.right(model, "exact") == 0 and 0 <= samples.right(model, "likelihood", batch=4) <= 6
+    expected = torch.tensor([[float(own == answer) for own in sorted({*map(tuple, samples.answers)})]
+                             for answer in map(tuple, samples.answers)])
+    model.log_likelihood = lambda prompts, labels: expected[:len(prompts)]
+    model.generate = lambda prompts, *_, **__: zip(*[answer + [None] * 99 for answer in samples.answers], strict=False)
+    assert samples.right(model, "exact") == samples.right(model, "likelihood") == 6
+
+
 @pytest.mark.parametrize("vocab_size", [257, 300])  # 300: padded
 def test_results_load_in_transformers_and_carry_their_ids_and_wording(vocab_size, fit, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "plot", fit.plot)
