@@ -453,13 +453,31 @@ def begin(run, samples):
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     clear(out_dir, () if config.resume else RESULTS)
-    columns = report.COLUMNS if config.best_by == "loss" else [*report.COLUMNS, "val_score"]
-    report.write_rows(out_dir / "log.csv", columns,
+    report.write_rows(out_dir / "log.csv", config.best_by,
                       [row for row in report.read_rows(out_dir / "log.csv") if row["step"] <= run.state.step])
     if run.state.step == 0:
         with evaluating(run.model):
             samples.show(run.model, "before training")
     return track
+
+
+def samples_of(run):
+    """The prompts that are answered at each evaluation; UserError where --best_by has nothing to score."""
+    by, has_val = run.config.best_by, len(run.val) > 0
+    samples = report.Samples(run.val if has_val else run.data, run.encoding, run.meta["stop"],
+                             scored=0 if by == "loss" else run.config.best_examples)
+    if by != "loss":
+        samples.check(by, run.meta["prompt"]["template"] == "text" or not has_val)
+    return samples
+
+
+def save_is_due(config, state, saved, evaluated_now, total_steps):
+    """Whether a checkpoint is written after this step, at which the run has not ended; `saved`: when it last was."""
+    if state.skipped:
+        return False
+    if config.save_interval < 0:
+        return state.elapsed - saved >= (120 if evaluated_now else 600)
+    return state.step % (config.save_interval or total_steps) == 0
 
 
 def evaluate_and_keep_best(run, samples, max_tokens):
@@ -500,10 +518,7 @@ def train(config, device):
     describe(run)
     max_tokens, token_seconds = warm_up(run, device)
     token_seconds = all_reduce(token_seconds, "MAX")
-    scored = 0 if config.best_by == "loss" else config.best_examples
-    samples = report.Samples(run.val if len(run.val) else data, run.encoding, run.meta["stop"], scored=scored)
-    if config.best_by != "loss":
-        samples.check(config.best_by, run.meta["prompt"]["template"] == "text" or not len(run.val))
+    samples = samples_of(run)
     begin_started = time.perf_counter()
     track = begin(run, samples) if rank == 0 else None
     begin_seconds = all_reduce(time.perf_counter() - begin_started, "MAX")
@@ -550,9 +565,7 @@ def train(config, device):
             row = {"step": state.step, "epoch": f"{state.step / steps_per_epoch:.4f}",
                    "train_loss": state.train_loss, "val_loss": "", "learning_rate": learning_rate, "grad_norm": norm,
                    "tokens": int(data.lengths[indices].sum()), "supervised_tokens": supervised,
-                   "seconds": time.perf_counter() - step_started}
-            if config.best_by != "loss":
-                row["val_score"] = ""
+                   "seconds": time.perf_counter() - step_started, "val_score": ""}
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
                 report.show_progress(row, total_steps, step_seconds * (total_steps - state.step), state.skipped)
             # evaluation
@@ -567,13 +580,9 @@ def train(config, device):
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")
             # what outlasts the process: a row a step, and a checkpoint now and then
-            if config.save_interval < 0:
-                save = state.elapsed - saved >= (120 if due else 600)
-            else:
-                save = state.step % (config.save_interval or total_steps) == 0
-            save = last or signum or (save and not state.skipped)
+            save = last or signum or save_is_due(config, state, saved, due, total_steps)
             if rank == 0:
-                report.append_row(out_dir / "log.csv", row, sync=save)
+                report.append_row(out_dir / "log.csv", config.best_by, row, sync=save)
                 if track:
                     track(row)
                 if save:

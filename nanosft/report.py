@@ -29,19 +29,25 @@ def read_rows(path):
         raise UserError(f"{path} is not as train.py wrote it: put it back, or remove it and lose its rows") from None
 
 
-def write_rows(path, columns, rows):
+def writer_of(file, best_by):
+    """What writes rows of log.csv; the share of right answers is in it where best/ follows that."""
+    columns = COLUMNS if best_by == "loss" else [*COLUMNS, "val_score"]
+    return csv.DictWriter(file, columns, extrasaction="ignore")
+
+
+def write_rows(path, best_by, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns)
+    writer = writer_of(text, best_by)
     writer.writeheader()
     writer.writerows(rows)
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
 
 
-def append_row(path, row, sync):
+def append_row(path, best_by, row, sync):
     """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
     with opened(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
+        writer = writer_of(file, best_by)
         if not file.tell():  # somebody has removed the log
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})

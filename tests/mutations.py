@@ -16,8 +16,8 @@ MUTATIONS = {
     # data
     "targets shifted twice": ('''& SUPERVISED, own[1:], IGNORE_INDEX)''', '''& SUPERVISED, np.roll(own, -1)[1:], IGNORE_INDEX)'''),
     "mask ignored": ('''np.where(example["flags"][1:] & SUPERVISED,''', '''np.where(example["flags"][1:] < 9,'''),
-    "stop not supervised": ('''return [*segments, (EOT, True)]''', '''return [*segments, (EOT, False)]'''),
-    "stop of alpaca not supervised": ('''[(answer, True), (EOT, True)]''', '''[(answer, True), (EOT, False)]'''),
+    "stop not supervised": ('''    segments.append((EOT, learned))\n    return segments''', '''    segments.append((EOT, False))\n    return segments'''),
+    "stop of alpaca not supervised": ('''(EOT, messages[1].learned)]''', '''(EOT, False)]'''),
     "prompt supervised": ('''(f"{role}\\n{content}", False)''', '''(f"{role}\\n{content}", True)'''),
     "special text encoded as special": ('''(encoding.encode_ordinary(text) for text, _ in''', '''(encoding.encode(text, allowed_special="all") for text, _ in'''),
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
@@ -26,6 +26,21 @@ MUTATIONS = {
     "partial last step dropped": ('''divmod(step, math.ceil(n_examples / batch_size))''', '''divmod(step, max(1, n_examples // batch_size))'''),
     "one order for every epoch": ('''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
     "a process's share counted twice": ('''-self.lengths[i])[rank::world_size]''', '''-self.lengths[i])[0::world_size]'''),
+    # files and records
+    "weight 0 is learned": ('''{"content": text}, weight != 0))''', '''{"content": text}, True))'''),
+    "TRL's earlier answers learned": ('''message._replace(learned=False) for''', '''message for'''),
+    "system prompt beside messages lost": ('''*messages] if name else messages''', '''*messages] if False else messages'''),
+    "rows that the viewer has cut are learned": ('''if record.get("truncated_cells"):''', '''if False:'''),
+    "unused fields not named": ('''self.unused[name] += 1''', '''self.unused[name] += 0'''),
+    "columns paired by their order": ('''{key: column[row] for key, column in value.items()} for row in first''', '''dict(zip(value, row, strict=True)) for row in zip(*map(dict.values, columns), strict=True)'''),
+    "quotes in tabs swallow rows": ('''{"escapechar": "\\\\"}, *plain):''', '''{"escapechar": "\\\\"}):'''),
+    "UTF-16 without a mark not seen": ('''> len(head) / 2 > 10''', '''> len(head) > 10'''),
+    "strict drops": ('''            if config.strict:\n                raise UserError(f"{location}: {error}")''', '''            if False:\n                raise UserError(f"{location}: {error}")'''),
+    "prompts of val in training not seen": ('''elif split and share in prompts:''', '''elif False:'''),
+    "part of the stop text shown": ('''(max(0, len(config.stop) - 1) if text == made else 0))''', '''0)'''),
+    "rope pairs of a GGUF not neighbours": ('''.transpose(1, 2).reshape(weight.shape)''', '''.reshape(weight.shape)'''),
+    "any state dict turned": ('''widths[1] == 3 * widths[0]:''', '''True:'''),
+    "patience never ends": ('''state.waited = 0 if better else state.waited + 1''', '''state.waited = 0'''),
     # model
     "layer norms swapped": ('''self.attn(self.ln_1(x), packing, cache)\n        return x + self.mlp(self.ln_2(x))''', '''self.attn(self.ln_2(x), packing, cache)\n        return x + self.mlp(self.ln_1(x))'''),
     "exact GELU": (''', approximate="tanh")''', ''')'''),
@@ -67,10 +82,10 @@ MUTATIONS = {
     "learning rate not at its end in time": ('''state.step, total_steps, run.learning_rate''', '''state.step, run.steps, run.learning_rate'''),
     "evaluation not kept back from the time": ('''left = limit - state.elapsed - evaluation_seconds''', '''left = limit - state.elapsed'''),
     "evaluations at any price": ('''state.elapsed - evaluated >= 10 * evaluation_seconds''', '''True'''),
-    "no save between evaluations": ('''(120 if due else 600)''', '''(120 if due else math.inf)'''),
+    "no save between evaluations": ('''(120 if evaluated_now else 600)''', '''(120 if evaluated_now else math.inf)'''),
     "time left in steps": ('''step_seconds * (total_steps - state.step), state''', '''float(total_steps - state.step), state'''),
     "dropout differs after resume": ('''torch.manual_seed((config.seed * 1_000_003 + state.step) * 1009 + rank)''', '''pass'''),
-    "best overwritten by worse": ('''if state.val_loss < state.best_val_loss:''', '''if state.val_loss != 4.0:'''),
+    "best overwritten by worse": ('''better = reached > best  #''', '''better = state.val_loss != 4.0  #'''),
     "rounded weights saved, not masters": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach().float() for n, p in run.state.optimizer.parameters.items()}'''),
     "weights saved in 16 bits": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach() for n, p in run.state.optimizer.parameters.items()}'''),
     "resume repeats a step": ('''    save_checkpoint(Path(run''', '''    state["step"] -= 1\n    save_checkpoint(Path(run'''),
@@ -89,10 +104,11 @@ MUTATIONS = {
 }
 
 # which tests are to find a break in a file; those of processes, which are slow, where the break's name says so
-TESTS = {"prepare_data.py": ["prepare_data"], "model.py": ["model", "lora", "train"], "train.py": ["train", "kill", "sample"],
+TESTS = {"prepare_data.py": ["sources", "prepare_data"], "model.py": ["model", "lora", "train"], "train.py": ["train", "kill", "sample"],
          "sample.py": ["sample", "lora"], "checkpoint.py": ["train", "kill"], "device.py": ["train"],
          "distributed.py": ["processes"], "files.py": ["kill"], "flags.py": ["train", "bad_input"],
-         "optimizer.py": ["optimizer", "train"], "records.py": ["prepare_data"], "report.py": ["train"],
+         "optimizer.py": ["optimizer", "train"], "records.py": ["sources", "prepare_data"], "sources.py": ["sources"], "llamacpp.py": ["llamacpp"],
+          "report.py": ["train"],
          "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
          "hub.py": ["weights"], "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}
 
