@@ -99,18 +99,22 @@ def to_device(x, device):
 
 # ---- attention ------------------------------------------------------------------------------------------------------
 
-def rotary(config, position_ids):
-    """Cosines and sines of the angles by which rotary positions turn, (N, 1, head_dim / 2) each, float32. Llama 3 slows
-    the turns that its first context did not see often: those of under high_freq_factor turns, the more the fewer."""
-    half = torch.arange(0, config.head_dim, 2, device=position_ids.device)
-    speeds = config.rope_theta ** (-half / config.head_dim)
+def rotary_speeds(config, device=None):
+    """The angles, (head_dim / 2,), by which rotary positions turn each pair at each token. Llama 3 slows the turns that
+    its first context did not see often: those of under high_freq_factor turns, the more the fewer."""
+    speeds = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     if config.rope_scaling:
         scaling = config.rope_scaling
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = scaling["original_max_position_embeddings"] * speeds / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         speeds = speeds * (kept + (1 - kept) / scaling["factor"])
-    angles = position_ids[:, None, None] * speeds
+    return speeds
+
+
+def rotary(config, position_ids):
+    """Cosines and sines of the angles at these positions, (N, 1, head_dim / 2) each, float32."""
+    angles = position_ids[:, None, None] * rotary_speeds(config, position_ids.device)
     return angles.cos(), angles.sin()
 
 

@@ -58,7 +58,7 @@ CUT = re.compile(r"(?<=\S)\n(?=\S)")  # where a document may be cut: no token of
 @dataclass(frozen=True)
 class PrepareConfig:
     # data
-    input: str = ""  # .json .jsonl .csv .tsv .txt .parquet, also .gz; a directory; several with commas; '' = the demo
+    input: str = ""  # .json .jsonl .csv .tsv .txt .parquet, also .gz; a directory; hf:owner/name; several with commas
     val_input: str = ""  # records to watch the loss on; '' = a share of the input
     test_input: str = ""  # records for test.jsonl; '' = a share of the input
     text_encoding: str = ""  # of the files, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
@@ -422,6 +422,8 @@ def main(config):
     name = os.path.splitext(paths[0].name.removesuffix(".gz"))[0]
     if os.path.isdir(config.input):
         name = Path(config.input).resolve().name
+    if config.input.startswith("hf:"):
+        name = re.split("[/:]", config.input)[2]
     out_dir = Path(config.out_dir or Path("data") / name)
     check_out_dir(out_dir, paths)
     config = replace(config, val_fraction=0 if config.val_input else config.val_fraction,

@@ -1,9 +1,9 @@
 """A model as one GGUF file for llama.cpp and Ollama, with a Modelfile beside it. Needs the package gguf."""
+import dataclasses
 import json
 from pathlib import Path
 
-import torch
-
+from model import rotary_speeds
 from nanosft.chat_template import Special, render_roles
 from nanosft.console import UserError
 from nanosft.files import atomic_file, read_json
@@ -41,7 +41,8 @@ def write_gguf(path, loaded, kind):
         add_sizes(writer, config)
         add_tokenizer(writer, gguf, loaded)
         if config.rope_scaling:
-            writer.add_tensor("rope_freqs.weight", slowdown(config).numpy())
+            plain = rotary_speeds(dataclasses.replace(config, rope_scaling=None))
+            writer.add_tensor("rope_freqs.weight", (plain / rotary_speeds(config)).numpy())
         for name, tensor in loaded.model.named_parameters():
             tensor = tensor.detach().float()
             for layer, heads in (("attn.c_q.", config.n_head), ("attn.c_k.", config.n_kv_head)):
@@ -111,16 +112,6 @@ def interleave(weight, heads):
     """A matrix (out, in) with each head's rows in llama.cpp's order: the pairs that rotary positions turn are
     neighbours there, and half a head apart in Hugging Face's files."""
     return weight.view(heads, 2, -1, weight.size(-1)).transpose(1, 2).reshape(weight.shape)
-
-
-def slowdown(config):
-    """By how much Llama 3 slows each pair's turns, (head_dim / 2,) float32."""
-    scaling = config.rope_scaling
-    speeds = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-    turns = scaling["original_max_position_embeddings"] * speeds / (2 * torch.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / (kept + (1 - kept) / scaling["factor"])
 
 
 # ---- Ollama ---------------------------------------------------------------------------------------------------------

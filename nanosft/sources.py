@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from nanosft.console import UserError
+from nanosft.hub import dataset_files
 from nanosft.records import NAMES, is_conversation
 
 UNREADABLE = (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
@@ -28,7 +29,8 @@ def kind_of(path):
 
 
 def paths_of(flag, names):
-    """The files that a flag names: a path, a directory, a pattern like *.jsonl, or several of them with commas."""
+    """The files that a flag names: a path, a directory, a pattern like *.jsonl, hf:owner/name, or several of them with
+    commas."""
     paths = []
     for name in [names] if exists(names) else filter(None, map(str.strip, names.split(","))):
         paths += files_in(flag, name)
@@ -41,6 +43,8 @@ def paths_of(flag, names):
 
 def files_in(flag, name):
     """The files behind one name, sorted. What else a directory holds is said."""
+    if name.startswith("hf:") and not exists(name):
+        return dataset_files(name[3:])
     path, kinds = Path(name), " ".join(f".{end}" for end in KINDS)
     if not exists(name):
         found = sorted(map(Path, glob.glob(name, recursive=True)))

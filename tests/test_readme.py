@@ -54,6 +54,7 @@ def work(tmp_path, monkeypatch, gpt2_encoding):
         {"role": role, "content": f"Hi {n}."} for role in ("user", "assistant") * 2]} for n in range(40)])
     rows = "".join(f"On {n},We show it.,{('math', 'cs')[n % 2]}\n" for n in range(120))
     (tmp_path / "arxiv.csv").write_text("title,abstract,category\n" + rows)
+    (tmp_path / "eight.csv").write_text("title,abstract,category\n" + "".join(rows.splitlines(True)[:8]))
     monkeypatch.setattr("sys.stdin", io.StringIO())  # a chat ends at once
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # no pictures: they take half of the time
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -16,6 +16,7 @@ import prepare_data
 import sample
 import train
 from model import GPT
+from nanosft.records import Message
 from nanosft.shards import SUPERVISED, Shards, load_meta
 from prepare_data import PrepareConfig
 from sample import SampleConfig
@@ -170,7 +171,7 @@ def test_what_was_prepared_for_a_model_is_trained_from_it_asked_and_taken_by_tra
         assert all((folder / path / name).read_bytes() == (SMOLLM2 / name).read_bytes()
                    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"))
     ours, = load("out")
-    prompt = ours.prompt_ids([("user", {"content": question})])
+    prompt = ours.prompt_ids([Message("user", {"content": question})])
     assert (logits_of(ours.model, prompt) - logits_of(GPT.from_pretrained(SMOLLM2), prompt)).abs().max() > 0.1
     for path in "out/best", "export":
         kind = peft.AutoPeftModelForCausalLM if lora_rank and path == "out/best" else transformers.AutoModelForCausalLM

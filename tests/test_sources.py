@@ -1,7 +1,9 @@
 """The files and records that people have: what each becomes, what is said about it, and what is refused."""
 import datetime
 import gzip
+import http.server
 import json
+import threading
 
 import pytest
 from conftest import write_lines
@@ -270,6 +272,90 @@ def test_parquet(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(UserError, match="a.parquet, after row 0: .*; write it again, with plain columns"):
         list(read_records(tmp_path / "a.parquet"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local hub with data sets of two configs in parquet; those of `gated` are for the token `right`."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    from pyarrow import Table
+    files = {f"/datasets/{config}/{split}/{number}.parquet": [{"question": f"{config} {split} {number}", "answer": "a"}]
+             for config in ("default", "small") for split in ("train", "test") for number in (0, 1)}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.requests.append((self.path, self.headers["Authorization"]))
+            content, status = b"", 404
+            if self.path in files:
+                parquet.write_table(Table.from_pylist(files[self.path]), tmp_path / "sent")
+                content, status = (tmp_path / "sent").read_bytes(), 200
+            elif self.path.endswith("/parquet"):
+                status = 401 if "gated" in self.path and self.headers["Authorization"] != "Bearer right" else 200
+                content = json.dumps(server.listing or {config: {split: [
+                    f"{server.url}{path}" for path in files if f"/{config}/{split}/" in path]
+                    for split in ("train", "test")} for config in ("default", "small")}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:-9] if server.cut and self.path in files else content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.url, server.requests, server.listing, server.cut = f"http://127.0.0.1:{server.server_port}", [], None, False
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_data_sets_by_name_are_downloaded_once(hub, tmp_path, monkeypatch):
+    def questions_of(name):
+        return [record["question"] for path in paths_of("input", name) for _, record in read_records(path)]
+    assert questions_of("hf:owner/name") == ["default train 0", "default train 1"]
+    assert questions_of("hf:owner/name:small") == ["small train 0", "small train 1"]
+    assert questions_of("hf:owner/name:test") == ["default test 0", "default test 1"]
+    count = len(hub.requests)
+    assert questions_of("hf:owner/name:small:test") == ["small test 0", "small test 1"]
+    assert questions_of("hf:owner/name:small:test") == ["small test 0", "small test 1"]
+    assert len(hub.requests) == count + 4  # the list twice, each file once
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert len(questions_of("hf:owner/name,hf:owner/name:test")) == 4 and len(hub.requests) == count + 4
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError, match=r"the hub refuses gated/name \(401\).*set HF_TOKEN"):
+        questions_of("hf:gated/name")
+    monkeypatch.setenv("HF_TOKEN", "right")
+    assert len(questions_of("hf:gated/name")) == 2 and hub.requests[-1][1] == "Bearer right"
+    meta = prepared(tmp_path, input="hf:owner/name", val_input="hf:owner/name:test", out_dir="")
+    assert meta["train"]["examples"] == meta["val"]["examples"] == 2
+
+
+def test_what_goes_wrong_with_a_data_set_is_one_line(hub, tmp_path, monkeypatch):
+    for name, listing, message in (
+            ("hf:name", None, "hf:name is no data set; write hf:owner/name"),
+            ("hf:a/b:c:d:e", None, "is no data set; write"), ("hf:../b", None, "is no data set; write"),
+            ("hf:a/b:x", None, "a/b's splits are train, test; name one as in hf:owner/name:config:split"),
+            ("hf:a/b:x:test", None, "a/b's configs are default, small; name one"),
+            ("hf:a/c", {"x": {"all": []}, "y": {}}, "a/c's configs are x, y; name one"),
+            ("hf:a/d", {"error": "no"}, "list of a/d's files is not as expected; name the path of a copy"),
+            ("hf:a/e", {"../../x": {"train": []}}, "list of a/e's files is not as expected")):
+        hub.listing = listing
+        with pytest.raises(UserError, match=message):
+            paths_of("input", name)
+    hub.listing, hub.cut = None, True
+    with pytest.raises(UserError, match="the download of a/f failed .*; check the network and try again"):
+        paths_of("input", "hf:a/f")
+    assert not list(tmp_path.rglob("0000*"))
+    hub.cut = False
+    assert len(paths_of("input", "hf:a/f")) == 2
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="a/g is not in .*hub and HF_HUB_OFFLINE is set; unset it"):
+        paths_of("input", "hf:a/g")
 
 
 def test_several_files_directories_and_patterns(tmp_path, monkeypatch, capsys):
