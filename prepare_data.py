@@ -69,7 +69,7 @@ class PrepareConfig:
     test_fraction: float = 0.10  # share of the prompts held out as test.jsonl, to answer and score with sample.py
     seed: int = 38  # decides which prompts are held out
     # rendering
-    template: str = ""  # how a conversation becomes text: alpaca | chat | text | model; '' = the model's, else alpaca
+    template: str = ""  # alpaca | chat | text | model; '' = the model's, for messages chat, else alpaca
     prompt_format: str = ""  # for other columns: "Title: {title}\nCategory:"
     response_format: str = ""  # for other columns: " {category}"
     train_on_prompt: bool = False  # learn to predict the prompts too
@@ -114,7 +114,8 @@ class Report:
     records: int = 0
     dropped: dict = field(default_factory=dict)  # reason: [how many, where the first one is and what it has]
     unused: Counter = field(default_factory=Counter)  # names of fields: how many records have one
-    classes: dict = field(default_factory=dict)  # fields beside "text": their values, while these are few
+    text: str = "text"  # the name that this field has
+    classes: dict = field(default_factory=dict)  # fields beside it: their values, while these are few
     cut: int = 0  # conversations with turns at the end that nobody answered
     several: bool = False  # some conversation has several turns
     seen_in_training: Counter = field(default_factory=Counter)  # prompts of val or test that stand there too
@@ -122,8 +123,10 @@ class Report:
     def drop(self, reason, location, detail=""):
         self.dropped.setdefault(reason, [0, f"{location}{detail and ': '}{detail}"])[0] += 1
 
-    def note_unused(self, rest, is_text):
+    def note_unused(self, record, rest, is_text):
         """Counts the fields that were not used."""
+        if rest and is_text:
+            self.text = next((name for name in record if str(name).lower().strip() == "text"), self.text)
         for name, value in rest.items():
             self.unused[name] += 1
             values = self.classes.setdefault(name, set()) if is_text else set()
@@ -142,7 +145,7 @@ class Report:
             lines.append(f"not used: {names}")
         for name, values in self.classes.items():
             if 2 <= len(values) <= 50 and 3 * len(values) <= self.unused[name]:
-                formats = '--prompt_format="{text}\\n' + name + ':" --response_format=" {' + name + '}"'
+                formats = f'--prompt_format="{{{self.text}}}\\n{name}:" --response_format=" {{{name}}}"'
                 lines.append(f"to classify by {name}, add {formats}")
         return lines
 
@@ -275,7 +278,7 @@ def render_all(records, spec, config, report, kinds):
             continue
         except UserError as error:
             raise UserError(f"{location}: {error}") from None
-        report.note_unused(rest, kind == "text")
+        report.note_unused(record, rest, kind == "text")
         report.cut += len(kept) < len(messages)
         report.several |= sum(message.role == "user" for message in kept) > 1
         yield location, record, kept, segments

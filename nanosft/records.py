@@ -154,9 +154,10 @@ def by_names(record):
     for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
         if any(name in rest for name in NAMES[kind]):
             raise Unusable(reason)
-    lower = {str(name).lower().strip(): value for name, value in record.items()}
+    lower = {str(name).lower().strip(): name for name in record}
     if lower.keys() != record.keys():
-        return by_names(lower)
+        messages, rest = by_names({small: record[name] for small, name in lower.items()})
+        return messages, {lower.get(name, name): value for name, value in rest.items()}
     raise Unusable("unknown kind of record", f"{listed(record) if record else 'no fields'}; {EXPECTED}")
 
 

@@ -89,6 +89,7 @@ RECORDS = {
         [("user", "q1"), ("-assistant", "a1"), *ASKED], []),
     "TRL's prompt and a text": ({"prompt": turns(("user", "q")), "completion": "a"}, ASKED, []),
     "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [("prompt", "q")], ["chosen", "rejected"]),
+    "capitals, with a field that is not used": ({"Text": "t", "Label": 1}, [("text", "t")], ["Label"]),
     "capitals": ({"Question": "q", " ANSWER": "a"}, ASKED, []),
     "a list of one text": ({"question": "q", "answer": ["a"]}, ASKED, []),
     "ShareGPT with text": ({"conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="text")},
@@ -411,6 +412,9 @@ def test_fields_that_are_not_used_are_named_once_and_a_label_is_explained(tmp_pa
     assert "not used: label (12 records), id (12 records)" in lines
     hint, = (line for line in lines if line.startswith("to classify by"))
     assert hint == r'to classify by label, add --prompt_format="{text}\nlabel:" --response_format=" {label}"'
+    write_lines(tmp_path / "b.jsonl", [{"Text": f"t{i}", "Class": i % 3} for i in range(12)])
+    prepared(tmp_path, input=str(tmp_path / "b.jsonl"))
+    assert r'add --prompt_format="{Text}\nClass:" --response_format=" {Class}"' in capsys.readouterr().out
     prepared(tmp_path, input=str(tmp_path / "a.jsonl"), prompt_format=r"{text}\nlabel:", response_format=" {label}")
     assert "not used: id (12 records)" in capsys.readouterr().out.splitlines()
 
