@@ -466,6 +466,9 @@ def samples_of(run):
     by, has_val = run.config.best_by, len(run.val) > 0
     samples = report.Samples(run.val if has_val else run.data, run.encoding, run.meta["stop"],
                              scored=0 if by == "loss" else run.config.best_examples)
+    if run.config.patience and not has_val:
+        raise UserError("--patience waits for a better validation loss, and there are no validation records: prepare "
+                        "the data with --val_fraction=0.05, or leave it out")
     if by != "loss":
         samples.check(by, run.meta["prompt"]["template"] == "text" or not has_val)
     return samples

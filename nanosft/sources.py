@@ -35,7 +35,7 @@ def paths_of(flag, names):
     for name in [names] if exists(names) else filter(None, map(str.strip, names.split(","))):
         paths += files_in(flag, name)
     if any(kind_of(path) == "text" for path in paths) and not all(kind_of(path) == "text" for path in paths):
-        raise UserError(f"--{flag}: {names} has texts (.txt) and records; name one kind, as in '{names}/*.txt'")
+        raise UserError(f"--{flag}: {names} has texts (.txt) and records; name one kind, as in 'folder/*.txt'")
     if not paths:
         raise UserError(f"--{flag}: {names!r} names no file; give one")
     return list(dict.fromkeys(paths))
@@ -159,15 +159,16 @@ def read_json_records(file, name):
     """Yields (location, record): a value each or, where the file is one value, the records in it."""
     values = read_values(file, name)
     first = list(islice(values, 2))
-    if len(first) != 1:
-        yield from chain(first, values)
-        return
-    (location, value), = first
-    for number, record in enumerate(records_in(value, name), 1):
-        if isinstance(record, dict) and {"row_idx", "row"} <= record.keys():  # as the hub's viewer exports it
-            cut = {CUT: record[CUT]} if record.get(CUT) else {}
-            record = {**record["row"], **cut}
-        yield location if record is value else f"record {number}", record
+    if len(first) == 1:
+        (location, value), = first
+        records = records_in(value, name)
+        first = [(location if record is value else f"record {number}", record)
+                 for number, record in enumerate(records, 1)]
+    for location, record in chain(first, values):
+        if isinstance(record, dict) and "row_idx" in record and isinstance(record.get("row"), dict):
+            # as the hub's viewer exports it
+            record = {**record["row"], CUT: record[CUT]} if record.get(CUT) else record["row"]
+        yield location, record
 
 
 def records_in(value, name):

@@ -245,8 +245,10 @@ def test_what_a_file_holds(name, content, records, tmp_path, capsys):
 def test_rows_that_the_viewer_has_cut_are_told_from_whole_ones(tmp_path):
     rows = [{"row_idx": i, "row": row, "truncated_cells": ["a"] * i} for i, row in enumerate(ROWS)]
     (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
-    assert [record for _, record in read_records(tmp_path / "a.json")] == [
-        ROWS[0], {**ROWS[1], "truncated_cells": ["a"]}]
+    write_lines(tmp_path / "a.jsonl", rows)
+    for name in ("a.json", "a.jsonl"):
+        assert [record for _, record in read_records(tmp_path / name)] == [
+            ROWS[0], {**ROWS[1], "truncated_cells": ["a"]}]
 
 
 def test_other_encodings_are_named(tmp_path):

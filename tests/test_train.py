@@ -341,7 +341,7 @@ def test_best_is_the_lowest_validation_loss_never_nan_and_the_last_without_one(f
     assert equal(weights(tmp_path / "four" / "best"), weights(tmp_path / "two" / "last"))
 
 
-def test_patience_ends_a_run_and_a_resumed_one_does_not_forget_the_count(fit, tmp_path, monkeypatch, capsys):
+def test_patience_ends_a_run_and_a_resumed_one_does_not_forget_the_count(fit, prepare, monkeypatch, capsys):
     losses = [3.0, 2.0, 4.0, 2.0, math.nan, 1.0, 1.0, 1.0, 1.0]
     monkeypatch.setattr(train, "evaluate", lambda *_: losses.pop(0))
     flags = dict(eval_interval=1, save_interval=1, patience=3)
@@ -354,6 +354,8 @@ def test_patience_ends_a_run_and_a_resumed_one_does_not_forget_the_count(fit, tm
     assert "raise what ended it" in capsys.readouterr().out.splitlines()[-1]
     losses[:] = [1.0, 2.0, 2.0, 2.0]
     assert fit("cut", resume=True, max_steps=9, patience=5).step == 9
+    with pytest.raises(UserError, match="there are no validation records: prepare the data with --val_fraction"):
+        fit("none", data_dir=str(prepare(colour_records(20), val_fraction=0)), patience=1)
 
 
 @pytest.mark.parametrize("by", ["exact", "likelihood"])
