@@ -198,8 +198,7 @@ def parsed(value):
 def conversation(turns, name, rest):
     """A list of turns as messages; what a turn holds beyond role and content goes to `rest`. A role that is not known
     is refused: it could forge a turn."""
-    turns = parsed(turns)
-    if not is_conversation(turns):
+    if not is_conversation(turns := parsed(turns)):
         raise Unusable("no conversation", f"{name!r} must be a list of {{'role': ..., 'content': ...}} objects")
     messages = []
     for turn in map(dict, turns):
