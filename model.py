@@ -409,9 +409,10 @@ class GPT(nn.Module):
         """
         x, cache, lengths = self.prefill(prompts, max_new_tokens)
         rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: it has ended
-        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=x.device)  # ids of each row
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[prompt] = True
+        if repetition_penalty != 1:
+            seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=x.device)  # ids of rows
+            for row, prompt in zip(seen, prompts, strict=True):
+                row[prompt] = True
         for step in range(max_new_tokens):
             logits = at_least_float32(self.logits(x)[:, :n_vocab])
             if repetition_penalty != 1:
@@ -429,8 +430,9 @@ class GPT(nn.Module):
                 return
             if len(left) <= len(rows) // 2:  # to copy the cache pays once half of its rows have ended
                 rows, drawn, cache, lengths = [rows[i] for i in left], drawn[left], cache[:, :, left], lengths[left]
-                seen = seen[left]
-            seen[torch.arange(len(drawn)), drawn] = True
+                seen = seen[left] if repetition_penalty != 1 else None
+            if repetition_penalty != 1:
+                seen[torch.arange(len(drawn)), drawn] = True
             x, lengths = self.decode(drawn, cache, lengths), lengths + 1
 
     @torch.inference_mode()

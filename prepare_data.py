@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 
-from nanosft.chat_template import read_chat_template
+from nanosft.chat_template import ROLES, read_chat_template
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
@@ -252,9 +252,8 @@ def answered_part(messages):
 
 def as_turns(messages):
     """A prompt and its answer as a question and its answer, for a template that was named; others as they are."""
-    roles = {"prompt": "user", "completion": "assistant"}
-    return [message._replace(role=roles[message.role], fields={"content": next(iter(message.fields.values()))})
-            if message.role in roles else message for message in messages]
+    return [message._replace(role=ROLES[message.role], fields={"content": next(iter(message.fields.values()))})
+            if message.role in ROLES else message for message in messages]
 
 
 def render_all(records, spec, config, report, kinds):

@@ -16,6 +16,7 @@ from pathlib import Path
 from nanosft.console import UserError, status
 from nanosft.files import atomic_file, read_json, sha256_of
 
+REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 SAFE = re.compile(r"[\w-][\w. -]*")  # a name that may become a directory's
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor stands in which
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
@@ -191,7 +192,7 @@ def dataset_files(name):
     repository, *chosen = name.split(":")
     folder = folder_of(repository, "datasets") / "parquet"
     listing = folder / "listing.json"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository) or len(chosen) > 2:
+    if not REPOSITORY.fullmatch(repository) or len(chosen) > 2:
         raise UserError(f"hf:{name} is no data set; write hf:owner/name, hf:owner/name:split or with :config:split")
     if not is_offline():
         folder.mkdir(parents=True, exist_ok=True)

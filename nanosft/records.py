@@ -17,6 +17,7 @@ NAMES = {"conversation": ("messages", "conversations", "conversation"),
          "answer": ("output", "completion", "response", "answer"), "text": ("text",)}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+CUT = "truncated_cells"  # the columns that the hub's viewer has cut in a row
 CALLS = ("tool_calls", "function_call")
 EXPECTED = ("expected instruction and output, question and answer, prompt and completion, messages, conversations or "
             "text; for other columns give --prompt_format and --response_format")
@@ -113,10 +114,9 @@ def to_messages(record, spec, answered=True):
         record = {"messages": record}
     if not isinstance(record, dict):
         raise Unusable("a record is an object with named fields", f"not {beginning(record)}")
-    if record.get("truncated_cells"):
-        raise Unusable("cells that the hub's viewer has cut", listed(record["truncated_cells"]))
-    columns = NAME.findall(spec["prompt_format"])
-    if spec["response_format"] and (answered or all(name in record for name in columns)):
+    if record.get(CUT):
+        raise Unusable("cells that the hub's viewer has cut", listed(record[CUT]))
+    if spec["response_format"] and (answered or all(name in record for name in NAME.findall(spec["prompt_format"]))):
         messages, rest = by_formats(record, spec, answered)
     else:
         messages, rest = by_names(record)

@@ -11,13 +11,12 @@ from pathlib import Path
 
 from nanosft.console import UserError
 from nanosft.hub import dataset_files
-from nanosft.records import NAMES, is_conversation
+from nanosft.records import CUT, NAMES, is_conversation
 
 UNREADABLE = (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "table", "tsv": "table", "txt": "text",
          "parquet": "parquet"}  # of a file, by the end of its name
 SEPARATOR = "<|endoftext|>"  # stands on a line of its own between two documents of a .txt file
-CUT = "truncated_cells"  # the viewer's list of columns that it has cut in a row
 KNOWN = {name for names in NAMES.values() for name in names}
 
 

@@ -70,8 +70,13 @@ def read_tensors(path):
     if path.suffix == ".safetensors":
         yield from read_safetensors(path)
         return
-    state = read_pickle(path)
+    yield from taken_from(read_pickle(path), path)
+
+
+def taken_from(state, path):
+    """Yields (name, tensor) of the state dict that a file held, and lets go of each, so that the reader may free it."""
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors; expected weights by name")
+        raise UserError(f"{path} holds no state dict of tensors, alone or as nanoGPT's ckpt.pt has it; for a "
+                        "checkpoint of train.py name its out_dir")
     for name in list(state):
-        yield str(name), state.pop(name)  # the reader may free it
+        yield str(name), state.pop(name)

@@ -10,8 +10,8 @@ import torch
 
 from nanosft.console import UserError
 from nanosft.files import read_json, write_json
-from nanosft.hub import INDEX, cached, download, shards_of
-from nanosft.tensors import read_pickle, read_tensors, write_safetensors
+from nanosft.hub import INDEX, REPOSITORY, cached, download, shards_of
+from nanosft.tensors import read_pickle, read_tensors, taken_from, write_safetensors
 
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -159,13 +159,9 @@ def read_saved(path):
             numbers = checked({name: saved["model_args"][name] for name in NUMBERS["gpt2"]}, path)
         for key in ("model", "state_dict", "model_state_dict"):
             saved = saved.get(key, saved)
-        tensors = {str(name): saved[name] for name in list(saved)}
-        if all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            return tensors.items(), numbers
     except (KeyError, TypeError, AttributeError):
-        pass
-    raise UserError(f"{path} holds no state dict of tensors, alone or as nanoGPT's ckpt.pt has it; for a checkpoint of "
-                    "train.py name its out_dir")
+        saved = None
+    return taken_from(saved, path), numbers
 
 
 def lay(state):
@@ -190,9 +186,10 @@ def read_pretrained(path, dtype):
     """(state, values) of a model in a .safetensors file, one of torch.save's, or several with an index: its tensors in
     `dtype` with the names and shapes of model.py's parameters, if it is one, and its GPTConfig's values."""
     config, state, family, values = path.parent / "config.json", {}, "gpt2", None
-    tensors = (pair for file in weight_files(path) for pair in read_tensors(file))
     if path.suffix in PICKLES:
         tensors, values = read_saved(path)
+    else:
+        tensors = (pair for file in weight_files(path) for pair in read_tensors(file))
     if config.exists() and not values:
         family, values = read_config(config)
     for name, tensor in tensors:
@@ -283,7 +280,7 @@ def locate(name_or_path):
     """The weights file, or the index of several, behind a name on the hub (downloaded on first use), a directory or a
     file."""
     path = Path(name_or_path)
-    is_name = name_or_path in SIZES or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name_or_path)
+    is_name = name_or_path in SIZES or REPOSITORY.fullmatch(name_or_path)
     if is_name and not path.exists():
         repository = name_or_path if "/" in name_or_path else f"openai-community/{name_or_path}"
         path = cached(repository) or cached(name_or_path) or download(repository)  # many caches know gpt2 as such

@@ -30,7 +30,7 @@ MUTATIONS = {
     "weight 0 is learned": ('''{"content": text}, weight != 0))''', '''{"content": text}, True))'''),
     "TRL's earlier answers learned": ('''message._replace(learned=False) for''', '''message for'''),
     "system prompt beside messages lost": ('''*messages] if name else messages''', '''*messages] if False else messages'''),
-    "rows that the viewer has cut are learned": ('''if record.get("truncated_cells"):''', '''if False:'''),
+    "rows that the viewer has cut are learned": ('''if record.get(CUT):''', '''if False:'''),
     "unused fields not named": ('''self.unused[name] += 1''', '''self.unused[name] += 0'''),
     "columns paired by their order": ('''{key: column[row] for key, column in value.items()} for row in first''', '''dict(zip(value, row, strict=True)) for row in zip(*map(dict.values, columns), strict=True)'''),
     "quotes in tabs swallow rows": ('''{"escapechar": "\\\\"}, *plain):''', '''{"escapechar": "\\\\"}):'''),
