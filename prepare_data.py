@@ -30,11 +30,12 @@ from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
 from nanosft.hub import TOKENIZER
-from nanosft.records import Message, Unusable, batched, is_missing, to_messages, whole
+from nanosft.records import Message, Unusable, is_missing, to_messages, whole
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
 from nanosft.sources import SEPARATOR, kind_of, paths_of, read_records
 from nanosft.templates import (
     as_rendered,
+    batched,
     blocks,
     bring_tokenizer,
     copy_tokenizer,
@@ -237,17 +238,19 @@ def answered_part(messages):
         if is_missing(messages[0].fields["text"]):
             raise Unusable("an empty text")
         return messages
-    asked = [value for role, fields, _ in messages if role in ("user", "prompt") for value in fields.values()]
+    asked, answers, stop = [], [], 0
+    for number, (role, fields, learned) in enumerate(messages, 1):
+        if role in ("user", "prompt"):
+            asked += fields.values()
+        elif role != "system":
+            stop = number
+            if learned:
+                answers += fields.values()
     if asked and all(map(is_missing, asked)):
         raise Unusable("no question")
-    kept = list(messages)
-    while kept and kept[-1].role in ("system", "user", "prompt"):
-        kept.pop()
-    answers = [value for role, fields, learned in kept if role in ("assistant", "completion") and learned
-               for value in fields.values()]
     if not answers or any(map(is_missing, answers)):
         raise Unusable("no answer", "it is empty" if answers else "")
-    return kept
+    return messages[:stop]
 
 
 def as_turns(messages):
@@ -439,7 +442,7 @@ def main(config):
     if are_texts and (config.response_format or config.template not in ("", "text")):
         raise UserError("--template and --response_format: a .txt file is plain text; leave them out")
     if are_texts and len(head) == 1 and "separator" in config.given:
-        raise UserError(f"--separator: no line of {paths[0].name} is {config.separator!r}; leave it out")
+        raise UserError(f"--separator: {config.separator!r} parts no documents in {paths[0].name}; leave it out")
     if not config.block_size:
         config = replace(config, block_size=min(context, 1024) if are_texts else context)
     with ThreadPoolExecutor(os.cpu_count()) as pool:

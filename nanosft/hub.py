@@ -154,8 +154,9 @@ def explained(repository):
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
             raise UserError(f"the download of {repository} failed ({error}); try again later") from None
-        raise UserError(f"the hub refuses {repository} ({error.code}): check the name; if its page asks you to, accept "
-                        "its licence there; then set HF_TOKEN to a token of your account that may read it") from None
+        raise UserError(f"the hub refuses {repository} ({error.code}): check the name or path; if its page asks you "
+                        "to, accept its licence there; then set HF_TOKEN to a token of your account that may read it"
+                        ) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, UserError):
             raise

@@ -69,15 +69,15 @@ def is_missing(value):
 def text_of(value, name):
     """A field's value as text: numbers and dates are written out, true and false as in JSON, parts of text joined."""
     if isinstance(value, str):
-        return whole(value, repr(name))
+        return whole(value, name)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        return whole(value[0], repr(name))
+        return whole(value[0], name)
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
         if not all(part.keys() <= {"type", "text"} and isinstance(part.get("text"), str) for part in value):
             raise Unusable("a part that is no text", f"{name!r} is {beginning(value)}")
-        return whole("".join(part["text"] for part in value), repr(name))
+        return whole("".join(part["text"] for part in value), name)
     if is_missing(value) or isinstance(value, list | dict | bytes):
         raise Unusable("a field that is no text", f"{name!r} is {beginning(value)}")
     return str(value)
@@ -145,7 +145,7 @@ def by_names(record):
     if name:
         messages = conversation(turns, name, rest)
         return with_system(messages, rest), rest
-    answered = any(name in rest for name in NAMES["answer"])
+    answered = not rest.keys().isdisjoint(NAMES["answer"])
     asked, question = take(rest, "question") if answered or is_missing(rest.get("text")) else (None, None)
     if asked:
         return question_and_answer(asked, question, rest), rest
@@ -227,14 +227,9 @@ def with_system(messages, rest):
 
 def past(rest):
     """The turns of a `history`, a list of pairs of question and answer."""
-    pairs = parsed(take(rest, "history")[1])
-    if pairs is not None and not (isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)):
+    name, pairs = take(rest, "history")
+    pairs = parsed(pairs) if name else []
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         raise Unusable("a history that is no list of pairs", beginning(pairs))
-    return [Message(role, {"content": text_of(text, "history")})
-            for pair in pairs or [] for role, text in zip(("user", "assistant"), pair, strict=True)]
-
-
-def batched(items, size):
-    """Lists of up to `size` of what an iterable yields."""
-    items = iter(items)
-    return iter(lambda: list(islice(items, size)), [])
+    return [Message(role, {"content": text_of(text, name)})
+            for pair in pairs for role, text in zip(("user", "assistant"), pair, strict=True)]

@@ -65,8 +65,9 @@ def start_tracking(run_name, settings):
         raise UserError(f"--wandb: {error}; install it (pip install wandb) and log in (wandb login)") from None
 
     def track(row):
-        numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "lr": row["learning_rate"],
-                   "grad_norm": row["grad_norm"], "tokens_per_second": row["tokens"] / row["seconds"]}
+        numbers = {"train/loss": row["train_loss"], "val/loss": row["val_loss"], "val/score": row["val_score"],
+                   "lr": row["learning_rate"], "grad_norm": row["grad_norm"],
+                   "tokens_per_second": row["tokens"] / row["seconds"]}
         try:
             run.log({name: value for name, value in numbers.items() if value != ""}, row["step"])
         except Exception as error:  # whatever it is, the run is worth more

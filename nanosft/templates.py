@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import tiktoken
@@ -17,7 +17,7 @@ import tiktoken
 from nanosft.chat_template import Special, read_chat_template, render_chat_template, stop_of
 from nanosft.console import UserError
 from nanosft.hub import TOKENIZER
-from nanosft.records import NAME, Message, Unusable, batched, fill
+from nanosft.records import NAME, Message, Unusable, fill
 from nanosft.shards import START, SUPERVISED
 from nanosft.tokenizer import read_tokenizer
 
@@ -166,6 +166,12 @@ def encode(segments, encoding, train_on_prompt=False):
     """(ids, flags) of one example or prompt."""
     encoded = (encoding.encode_ordinary(text) for text, _ in segments if not isinstance(text, Special))
     return join(segments, encoded, encoding, train_on_prompt)
+
+
+def batched(items, size):
+    """Lists of up to `size` of what an iterable yields."""
+    items = iter(items)
+    return iter(lambda: list(islice(items, size)), [])
 
 
 def tokenise(texts, encoding, pool):

@@ -435,7 +435,7 @@ def test_documents_in_one_file_and_in_several_are_split_whole(tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (dict(separator="---"), "--separator: no line of a.txt is '---'; leave it out"),
+    (dict(separator="---"), "--separator: '---' parts no documents in a.txt; leave it out"),
     (dict(template="chat"), "a .txt file is plain text; leave them out"),
     (dict(prompt_format="{a}", response_format="{b}"), "a .txt file is plain text; leave them out"),
     (dict(input="", val_input="a.txt"), "--input: needed with --val_input and --test_input")])

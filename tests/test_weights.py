@@ -266,7 +266,7 @@ def test_a_gated_model_in_several_files_comes_with_its_tokenizer_for_the_right_t
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (hub.remote / file).write_text(file)
     remedy = "then set HF_TOKEN to a token of your account that may read it"
-    with pytest.raises(UserError, match=rf"the hub refuses {name} \(401\): check the name; .*licence there; {remedy}"):
+    with pytest.raises(UserError, match=rf"refuses {name} \(401\): check the name or path; .*licence there; {remedy}"):
         locate(name)
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(UserError, match=rf"the hub refuses {name} \(403\): .*{remedy}"):
