@@ -127,8 +127,8 @@ def rotate(x, cos, sin):
 def attention(q, k, v, mask, dropout):
     """softmax(q k^T / sqrt(head_dim)) v, for (B, n_head, T, head_dim); causal where `mask` is None."""
     B, n_head, T, head_dim = q.shape
-    short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 1024
-    if mask is not None or not (short_on_cpu and q.requires_grad):
+    short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 1024 and q.requires_grad
+    if mask is not None or not short_on_cpu or torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
     # Written out: on short examples torch's CPU kernel takes up to twice as long. The queries go in pieces of 128, each
     # of which meets only the keys up to its own end.

@@ -206,15 +206,17 @@ def test_attention_on_a_gpu_is_that_of_the_grid(family, monkeypatch):
     assert_same_loss_and_gradients(*results, 3e-2)
 
 
-def test_compiled_blocks_take_every_shape_in_one_graph(family, monkeypatch):
-    """As on a GPU, by its fake kernels: nothing is compiled again, whatever the number and the lengths of examples, and
-    the dtype of the gradients."""
-    monkeypatch.setattr(model_module, "has_varlen_attention", lambda *_: True)
-    model = FAMILIES[family](n_head=6, n_embd=48).to("meta").bfloat16()  # no batch has 48 tokens
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_compiled_blocks_take_every_shape_in_one_graph(device, family, monkeypatch):
+    """On a CPU, and as on a GPU, by its fake kernels: nothing is compiled again, whatever the number and the lengths of
+    examples, and the dtype of the gradients."""
+    monkeypatch.setattr(model_module, "has_varlen_attention", lambda *_: device == "meta")
+    model = FAMILIES[family](n_head=6, n_embd=48, block_size=512).to(device).bfloat16()  # no batch has 48 tokens
     for block in model.h:
         block.compile(dynamic=True, fullgraph=True, backend="aot_eager")
     stance, weight = "default", model.h[1].mlp.c_proj.weight
-    for lengths, dtype in itertools.product((LENGTHS, [9, 3], [40]), (torch.bfloat16, torch.float32)):
+    alone = [40] if device == "meta" else [40, 1]  # in a grid, a batch without gaps has a graph of its own
+    for lengths, dtype in itertools.product((LENGTHS, [9, 3], [300, 7], alone), (torch.bfloat16, torch.float32)):
         for parameter in model.parameters():
             parameter.grad, parameter.grad_dtype = None, dtype
         with torch.compiler.set_stance(stance):
