@@ -125,22 +125,27 @@ def rotate(x, cos, sin):
 
 
 def attention(q, k, v, mask, dropout):
-    """softmax(q k^T / sqrt(head_dim)) v, for (B, n_head, T, head_dim); causal where `mask` is None."""
+    """softmax(q k^T / sqrt(head_dim)) v, for q of (B, n_head, T, head_dim), and k and v of as many heads or fewer, each
+    of which serves several of q's; causal where `mask` is None."""
     B, n_head, T, head_dim = q.shape
+    shared = n_head // k.size(1)
     short_on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16 and T <= 1024 and q.requires_grad
     if mask is not None or not short_on_cpu or torch.compiler.is_compiling():
+        if shared > 1:
+            k, v = (x.repeat_interleave(shared, 1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout)
     # Written out: on short examples torch's CPU kernel takes up to twice as long. The queries go in pieces of 128, each
-    # of which meets only the keys up to its own end.
-    q, k, v = (x.reshape(B * n_head, T, head_dim) for x in (q, k, v))
-    bias, pieces = causal_bias(T, q.dtype), []
+    # of which meets only the keys up to its own end. Those that share a key stand below each other.
+    k, v = (x.reshape(-1, T, head_dim) for x in (k, v))  # (B * n_kv_head, T, head_dim)
+    q, bias, pieces = q.reshape(len(k), shared, T, head_dim), causal_bias(T, q.dtype), []
     for start in range(0, T, 128):
         stop = min(start + 128, T)
-        scores = torch.baddbmm(bias[start:stop, :stop], q[:, start:stop], k[:, :stop].transpose(1, 2),
+        piece = q[:, :, start:stop].reshape(len(k), -1, head_dim)
+        scores = torch.baddbmm(bias[start:stop, :stop].repeat(shared, 1), piece, k[:, :stop].transpose(1, 2),
                                alpha=1 / math.sqrt(head_dim))
-        weights = F.dropout(scores.softmax(-1), dropout)  # (B * n_head, stop - start, stop)
-        pieces.append(torch.bmm(weights, v[:, :stop]))
-    return torch.cat(pieces, 1).view(B, n_head, T, head_dim)
+        weights = F.dropout(scores.softmax(-1), dropout)  # (B * n_kv_head, shared * (stop - start), stop)
+        pieces.append(torch.bmm(weights, v[:, :stop]).view(len(k), shared, -1, head_dim))
+    return torch.cat(pieces, 2).view(B, n_head, T, head_dim)
 
 
 @functools.lru_cache(maxsize=8)
@@ -193,8 +198,6 @@ class Attention(nn.Module):
                 k, v = self.update(cache, k, v, packing)
             if packing.mask is not None:  # one new token a row: the queries that share a key stand in the place of T
                 q = q.reshape(B, n_kv_head, -1, D)
-            elif n_kv_head < n_head:
-                k, v = (x.repeat_interleave(n_head // n_kv_head, 1) for x in (k, v))
             y = attention(q, k, v, packing.mask, dropout).view(B, n_head, T, D)
             y = packing.unpad(y.transpose(1, 2).reshape(B, T, -1))
         return F.dropout(self.c_proj(y), dropout)

@@ -45,6 +45,7 @@ from nanosft.templates import (
     get_encoding,
     render,
     stop_token,
+    title_of,
     tokenise,
 )
 from nanosft.weights import base_of, locate, read_config
@@ -411,12 +412,10 @@ def print_report(meta, report, out_dir):
     if not meta["val"]["examples"]:
         print("warning: the validation split is empty; train.py then keeps the last weights, not the best "
               "(--val_fraction, or more records)")
-    template = f"{meta['prompt']['template']} template"
-    if meta["prompt"]["response_format"] and template != "model template":
-        template = "your formats"
     flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
     command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
-    print(f"wrote {out_dir} ({meta['model'] or meta['encoding'] + ' encoding'}, {template}); next: {command}")
+    tokens = meta["model"] or f"{meta['encoding']} encoding"
+    print(f"wrote {out_dir} ({tokens}, {title_of(meta['prompt'])}); next: {command}")
 
 
 def main(config):

@@ -28,7 +28,7 @@ from nanosft.records import NAME, Message, take, text_of, to_messages
 from nanosft.score import score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import kind_of, open_text, read_records
-from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token
+from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token, title_of
 from nanosft.weights import base_of, locate, weight_files
 
 
@@ -256,6 +256,8 @@ def chat(models, config):
     with contextlib.suppress(ImportError):  # Windows edits lines by itself
         import readline  # noqa: F401
     alone = "" if any(loaded.keeps_turns() for loaded in models) else ", each answered by itself"
+    for loaded in models:
+        print(f"{loaded.name}: {title_of(loaded.spec)}, a context of {loaded.model.config.block_size:,} tokens")
     print(f"Type a prompt{alone}; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
     turns = [[] for _ in models]
     while True:
@@ -369,7 +371,9 @@ def answer_file(models, config):
             responses = answer_all(loaded, prompts, config)
             for (_, record), response in zip(records, responses, strict=True):
                 record[key] = response
-            results[loaded.name] = score(loaded, prompts, responses, references, config.labels)
+            number = f"-{len(results) + 1}" if len(models) > 1 else ""
+            picture = Path(config.output).with_suffix(f".confusion{number}.png")
+            results[loaded.name] = score(loaded, prompts, responses, references, config.labels, picture)
         for _, record in records:  # half a surrogate pair, which a field may hold, stays the escape that it was
             file.write((json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {config.output}")

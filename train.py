@@ -22,7 +22,7 @@ import tiktoken
 import torch
 
 from model import GPT, GPTConfig
-from nanosft import report
+from nanosft import pictures, report
 from nanosft.checkpoint import RESULTS, claimed, clear, load_checkpoint, save_checkpoint, undamaged
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
@@ -153,11 +153,24 @@ def planned_steps(config, n_examples, from_scratch):
     return min(steps, config.max_steps or steps)
 
 
+def expected_seconds(run, token_seconds):
+    """About what a step and an evaluation take, before any was seen."""
+    seconds = token_seconds / rank_and_world_size()[1]  # of a token that is learned; to read one takes a third
+    return (seconds * float(run.data.lengths.mean()) * run.config.batch_size,
+            seconds / 3 * float(run.val.lengths.sum()))
+
+
 def steps_in_time(planned, step, seconds_left, step_seconds):
     """The steps that a run will have come to when its time ends, or all that are planned."""
     if seconds_left == math.inf:
         return planned
     return min(planned, step + max(0, int(seconds_left / step_seconds)))
+
+
+def seconds_left(step, total_steps, interval, step_seconds, evaluation_seconds):
+    """Of the steps and the evaluations that are to come after this step."""
+    evaluations = math.ceil(total_steps / interval) - (step - 1) // interval
+    return step_seconds * (total_steps - step) + evaluation_seconds * evaluations
 
 
 def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
@@ -422,6 +435,8 @@ def set_up(config, device):
         if steps != values["steps"]:
             print(f"the run now has {steps:,} steps instead of {values['steps']:,}: from here on the learning rate "
                   "follows the new length")
+    if config.patience and state.waited >= config.patience:
+        steps = state.step
     encoding = get_encoding(meta["encoding"], config.data_dir)
     spec, tokenizer = bring_tokenizer(meta["prompt"], encoding, config.data_dir), config.data_dir
     if encoding.name == "gpt2" and base["name"] != "scratch":
@@ -453,8 +468,8 @@ def begin(run, samples):
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     clear(out_dir, () if config.resume else RESULTS)
-    report.write_rows(out_dir / "log.csv", config.best_by,
-                      [row for row in report.read_rows(out_dir / "log.csv") if row["step"] <= run.state.step])
+    report.write_rows(out_dir / "log.csv", [
+        row for row in report.read_rows(out_dir / "log.csv") if row["step"] <= run.state.step])
     if run.state.step == 0:
         with evaluating(run.model):
             samples.show(run.model, "before training")
@@ -463,15 +478,16 @@ def begin(run, samples):
 
 def samples_of(run):
     """The prompts that are answered at each evaluation; UserError where --best_by has nothing to score."""
-    by, has_val = run.config.best_by, len(run.val) > 0
-    samples = report.Samples(run.val if has_val else run.data, run.encoding, run.meta["stop"],
-                             scored=0 if by == "loss" else run.config.best_examples)
+    by, has_val, is_text = run.config.best_by, len(run.val) > 0, run.meta["prompt"]["template"] == "text"
     if run.config.patience and not has_val:
         raise UserError("--patience waits for a better validation loss, and there are no validation records: prepare "
                         "the data with --val_fraction=0.05, or leave it out")
-    if by != "loss":
-        samples.check(by, run.meta["prompt"]["template"] == "text" or not has_val)
-    return samples
+    if by != "loss" and (is_text or not has_val):
+        raise UserError(f"--best_by={by} needs validation records with answers; leave it at loss")
+    if by == "loss":  # a model from scratch is small, and its answers cost next to nothing
+        by = "exact" if run.base["name"] == "scratch" and has_val and not is_text else ""
+    return report.Samples(run.val if has_val else run.data, run.encoding, run.meta["stop"], by=by,
+                          scored=run.config.best_examples if by else 0)
 
 
 def save_is_due(config, state, saved, evaluated_now, total_steps):
@@ -492,11 +508,12 @@ def evaluate_and_keep_best(run, samples, max_tokens):
         state.val_loss = evaluate(run.model, run.val, max_tokens)
         heading += f", validation loss {state.val_loss:.4f}"
         reached, best = (-state.val_loss,), (-state.best_val_loss,)
-        if config.best_by != "loss":
+        if samples.by:
             with evaluating(run.model):
-                right = samples.right(run.model, config.best_by) if rank == 0 else 0
+                right = samples.right(run.model) if rank == 0 else 0
             state.val_score = all_reduce(right) / len(samples.prompts)
-            heading += f", {config.best_by} {state.val_score:.1%}"
+            heading += f", {samples.by} {state.val_score:.1%}"
+        if config.best_by != "loss":
             reached, best = (state.val_score, *reached), (state.best_val_score, *best)
         better = reached > best  # NaN is never better
         state.waited = 0 if better else state.waited + 1
@@ -508,8 +525,7 @@ def evaluate_and_keep_best(run, samples, max_tokens):
             samples.show(run.model, heading)
         if better:
             save_weights(run, "best")
-    row = {"val_loss": state.val_loss if len(run.val) else ""}
-    return row if config.best_by == "loss" else {**row, "val_score": state.val_score}
+    return {"val_loss": state.val_loss if len(run.val) else "", "val_score": state.val_score if samples.by else ""}
 
 
 def train(config, device):
@@ -530,17 +546,16 @@ def train(config, device):
     def seconds():
         return all_reduce(time.perf_counter() - started, "MAX")  # the same for all processes
 
-    # What a step and an evaluation take: an estimate at first. A limit of time becomes a number of steps, anew after
-    # each step, so that the learning rate comes to its end in time; an evaluation, which comes last, is kept back.
-    step_seconds = token_seconds * float(data.lengths.mean()) * config.batch_size / world_size
-    evaluation_seconds = token_seconds / 3 * float(run.val.lengths.sum()) / world_size + begin_seconds
+    # A limit of time becomes a number of steps, anew after each step, so that the learning rate comes to its end in
+    # time; an evaluation, which comes last, is kept back.
+    step_seconds, evaluation_seconds = expected_seconds(run, token_seconds)
+    evaluation_seconds += begin_seconds
     began = saved = evaluated = state.elapsed = seconds()
+    evaluating_seconds = 0.0  # of all evaluations so far
     limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     total_steps = steps_in_time(run.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
     total_steps = max(total_steps, min(1, run.steps))
-    if config.patience and state.waited >= config.patience:
-        total_steps = state.step
     with interrupts() as caught:
         while state.step < total_steps and not signum:
             # the batch: the same for every process, which then takes its share
@@ -561,37 +576,39 @@ def train(config, device):
             state.step += 1
             state.elapsed, signum = seconds(), int(all_reduce(max(caught, default=0), "MAX"))
             step_seconds = (state.elapsed - began) / (state.step - first_step)
-            left = limit - state.elapsed - evaluation_seconds
-            total_steps = steps_in_time(run.steps, state.step, left, step_seconds)
+            total_steps = steps_in_time(run.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
             last = state.step >= total_steps
             # the log
             row = {"step": state.step, "epoch": f"{state.step / steps_per_epoch:.4f}",
                    "train_loss": state.train_loss, "val_loss": "", "learning_rate": learning_rate, "grad_norm": norm,
                    "tokens": int(data.lengths[indices].sum()), "supervised_tokens": supervised,
                    "seconds": time.perf_counter() - step_started, "val_score": ""}
-            if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
-                report.show_progress(row, total_steps, step_seconds * (total_steps - state.step), state.skipped)
-            # evaluation
             interval = math.ceil(total_steps / 10) if config.eval_interval < 0 else config.eval_interval or total_steps
+            if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
+                pace = (state.elapsed - began - evaluating_seconds) / (state.step - first_step)
+                left = seconds_left(state.step, total_steps, interval, pace, evaluation_seconds)
+                report.show_progress(row, total_steps, left, state.skipped)
+            # evaluation
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
             due = state.step % interval == 0 and affordable
             if last or due:
                 row.update(evaluate_and_keep_best(run, samples, max_tokens))
                 evaluated = seconds()
                 evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
+                evaluating_seconds += evaluation_seconds
                 if config.patience and state.waited >= config.patience:
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")
             # what outlasts the process: a row a step, and a checkpoint now and then
             save = last or signum or save_is_due(config, state, saved, due, total_steps)
             if rank == 0:
-                report.append_row(out_dir / "log.csv", config.best_by, row, sync=save)
+                report.append_row(out_dir / "log.csv", row, sync=save)
                 if track:
                     track(row)
                 if save:
                     save_state(run)
                 if save or due:
-                    report.plot(out_dir)
+                    pictures.plot_losses(out_dir)
             if save:
                 saved = state.elapsed
             if state.skipped >= 10:
@@ -599,8 +616,7 @@ def train(config, device):
                                 f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
         if rank == 0:
             save_weights(run, "last")
-    is_done = state.step >= total_steps
-    say_what_follows(config, state, 0 if is_done else signum, nothing_done=state.step == first_step)
+    say_what_follows(config, state, signum if state.step < total_steps else 0, state.step == first_step)
     return state
 
 

@@ -1,7 +1,6 @@
-"""What a run shows of itself: its log, its progress, its picture, and answers to a few prompts."""
+"""What a run shows of itself: its log, its progress, and answers to a few prompts."""
 import csv
 import io
-import math
 import os
 import sys
 from collections import Counter
@@ -13,7 +12,7 @@ from nanosft.files import atomic_file, opened
 from nanosft.shards import SUPERVISED
 
 COLUMNS = ["step", "epoch", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
-           "seconds"]
+           "seconds", "val_score"]
 
 
 # ---- log and progress -----------------------------------------------------------------------------------------------
@@ -29,25 +28,19 @@ def read_rows(path):
         raise UserError(f"{path} is not as train.py wrote it: put it back, or remove it and lose its rows") from None
 
 
-def writer_of(file, best_by):
-    """What writes rows of log.csv; the share of right answers is in it where best/ follows that."""
-    columns = COLUMNS if best_by == "loss" else [*COLUMNS, "val_score"]
-    return csv.DictWriter(file, columns, extrasaction="ignore")
-
-
-def write_rows(path, best_by, rows):
+def write_rows(path, rows):
     text = io.StringIO()
-    writer = writer_of(text, best_by)
+    writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(rows)
     with atomic_file(path) as file:
         file.write(text.getvalue().encode())
 
 
-def append_row(path, best_by, row, sync):
+def append_row(path, row, sync):
     """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
     with opened(path, "a", newline="", encoding="utf-8") as file:
-        writer = writer_of(file, best_by)
+        writer = csv.DictWriter(file, COLUMNS)
         if not file.tell():  # somebody has removed the log
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
@@ -76,62 +69,22 @@ def start_tracking(run_name, settings):
     return track
 
 
+def duration(seconds):
+    """A time in the unit that suits it."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def show_progress(row, total_steps, seconds_left, skipped):
     """One line: where the run is, its time left, loss, learning rate, gradient norm and speed."""
-    line = (f"step {row['step']:,}/{total_steps:,}  {seconds_left // 60:.0f}:{seconds_left % 60:02.0f} left  "
-            f"loss {row['train_loss']:.4f}  lr {row['learning_rate']:.1e}  norm {row['grad_norm']:.2f}  "
-            f"{row['tokens'] / row['seconds']:,.0f} tokens/s")
+    total = f"{total_steps:,}"
+    line = (f"step {row['step']:>{len(total)},}/{total}  {duration(seconds_left):>6} left  "
+            f"loss {row['train_loss']:6.4f}  lr {row['learning_rate']:.1e}  norm {row['grad_norm']:4.2f}  "
+            f"{row['tokens'] / row['seconds']:6,.0f} tok/s")
     if skipped:
         line += f"  ({skipped} skipped in a row: not finite)"
     status(line, end=not sys.stdout.isatty())
-
-
-def plot(out_dir):
-    """loss.png from log.csv, where matplotlib is installed: both losses, the best step, the learning rate. What goes
-    wrong here is no reason to end a run."""
-    try:
-        from matplotlib.figure import Figure
-    except Exception:  # it is missing, or broken
-        return
-    try:
-        rows = read_rows(out_dir / "log.csv")
-        steps, losses, rates, tokens = ([float(row[name]) for row in rows]
-                                        for name in ("step", "train_loss", "learning_rate", "tokens"))
-        evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
-        scored = [(float(row["step"]), float(row["val_score"])) for row in rows if row.get("val_score")]
-    except (ValueError, KeyError):  # somebody has edited the log
-        return
-    if not rows:
-        return
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.subplots()
-    # every step's loss, thin, and over it the mean of windows of a fiftieth of the run
-    window = max(1, len(rows) // 50)
-    smooth = np.convolve(losses, np.ones(window) / window, "valid")
-    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
-    label = f"training, mean of {window} steps" if window > 1 else "training"
-    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
-    if evaluated:
-        step, best = min(evaluated, key=lambda point: (math.isnan(point[1]), point[1]))
-        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
-        label = f"best: {best:.4f} at step {step:,.0f}"
-        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=label)
-    axes.set(xlabel=f"step of {sum(tokens) / len(rows):,.0f} tokens", ylabel="loss per supervised token", yscale="log",
-             xlim=(0, None))
-    axes.legend(loc="upper right")
-    right = axes.twinx()
-    right.plot(steps, rates, ":", color="tab:green")
-    right.set(ylabel="learning rate (dotted)", ylim=(0, None))
-    if scored:
-        far = axes.twinx()
-        far.spines["right"].set_position(("axes", 1.12))
-        far.plot(*zip(*scored, strict=True), "s--", color="tab:purple", markersize=4)
-        far.set(ylabel="right answers (squares)", ylim=(0, 1))
-    try:
-        with atomic_file(out_dir / "loss.png") as file:
-            figure.savefig(file, format="png", dpi=120)
-    except OSError as error:
-        print(f"warning: no loss.png ({error})")
 
 
 # ---- answers ----------------------------------------------------------------------------------------------------
@@ -152,10 +105,10 @@ def without_template(texts):
 
 class Samples:
     """The first prompts of a split with their right answers: `count` to see in plain text what the model has learned so
-    far, and `scored` to know how many of its answers are right."""
+    far, and `scored` to know how many of its answers are right, which `by` decides: exact or likelihood."""
 
-    def __init__(self, shards, encoding, stop, count=2, scored=0):
-        self.encoding, self.stop, self.prompts, self.answers = encoding, stop, [], []
+    def __init__(self, shards, encoding, stop, count=2, by="", scored=0):
+        self.encoding, self.stop, self.by, self.prompts, self.answers = encoding, stop, by, [], []
         for tokens in (shards[i] for i in range(min(max(40, scored), len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())
@@ -166,6 +119,9 @@ class Samples:
             self.answers.append(tokens["id"][first:stop].tolist())
         self.titles = [shorten(text) for text in without_template(map(encoding.decode, self.prompts))[:count]]
         del self.prompts[max(count, scored):], self.answers[max(count, scored):]
+        labels = len({*map(tuple, self.answers)})
+        if by == "likelihood" and not 2 <= labels <= 50:
+            raise UserError(f"--best_by=likelihood needs 2 to 50 different answers, not {labels}; take exact")
 
     def answer(self, model, prompts, limit):
         """The model's greedy answers, lists of ids, of up to `limit` tokens."""
@@ -187,21 +143,13 @@ class Samples:
             mark = "  (exact)" if answer == right else ""
             print(f"    {title} -> {shorten(text, 70)!r}{mark}", flush=True)
 
-    def check(self, by, are_texts):
-        """UserError where there is nothing to score by."""
-        labels = {*map(tuple, self.answers)}
-        if are_texts:
-            raise UserError(f"--best_by={by} needs validation records with answers; leave it at loss")
-        if by == "likelihood" and not 2 <= len(labels) <= 50:
-            raise UserError(f"--best_by=likelihood needs 2 to 50 different answers, not {len(labels)}; take exact")
-
-    def right(self, model, by, batch=32):
+    def right(self, model, batch=32):
         """How many answers are right: written exactly, or the likeliest of those that occur."""
         labels, right = sorted({*map(tuple, self.answers)}), 0
-        batch = batch if by == "exact" else max(1, 64 // len(labels))
+        batch = batch if self.by == "exact" else max(1, 64 // len(labels))
         for start in range(0, len(self.prompts), batch):
             prompts, answers = self.prompts[start:start + batch], self.answers[start:start + batch]
-            if by == "exact":
+            if self.by == "exact":
                 written = self.answer(model, prompts, max(map(len, answers)))
             else:
                 likeliest = model.log_likelihood(prompts, list(map(list, labels))).argmax(1).tolist()

@@ -2,6 +2,7 @@
 from collections import Counter
 
 from nanosft.console import UserError, status
+from nanosft.pictures import plot_confusion
 from nanosft.records import NAME, fill
 
 
@@ -37,24 +38,28 @@ def classify(loaded, prompts, labels):
     return likeliest
 
 
-def confusion(truths, predictions, labels):
-    """Prints how often each label was taken for which, with recall and precision."""
-    counts, width = Counter(zip(truths, predictions, strict=True)), max(8, *(len(label) + 1 for label in labels))
-    others = sum(truth not in labels for truth in truths)
+def confusion(counts, labels):
+    """Prints how often each label was taken for which, {(truth, likeliest): int}, with recall and precision. The names
+    of columns are cut where that lets the table fit into 80 of a terminal's."""
+    names, others = list(map(str.strip, labels)), sum(counts[pair] for pair in counts if pair[0] not in labels)
     if others:
-        print(f"{others} of {len(truths)} records have another answer than these labels: they count as wrong")
-    print(f"\n{'truth / likeliest':18}{''.join(label.strip().rjust(width) for label in labels)}{'recall':>9}")
-    for truth in labels:
+        print(f"{others} of {counts.total()} records have another answer than these labels: they count as wrong")
+    first = max(map(len, ["precision", *(name[:24] for name in names)]))
+    width = min(max(map(len, names)), max(5, (80 - first - 8) // len(names) - 1)) + 1
+    print("\nthe true label at the left, the likeliest at the top")
+    print(f"{'':{first}}{''.join(name[:width - 1].rjust(width) for name in names)}  recall")
+    for truth, name in zip(labels, names, strict=True):
         row = [counts[truth, label] for label in labels]
-        recall = row[labels.index(truth)] / max(1, sum(row))
-        print(f"{truth.strip()[:17]:18}{''.join(f'{count:{width}}' for count in row)}{recall:>9.0%}")
+        recall = counts[truth, truth] / max(1, sum(row))
+        print(f"{name[:24]:{first}}{''.join(f'{count:{width}}' for count in row)}{recall:>8.0%}")
     shares = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
-    print(f"{'precision':18}{''.join(f'{share:{width}.0%}' for share in shares)}\n")
+    print(f"{'precision':{first}}{''.join(f'{share:{width}.0%}' for share in shares)}")
+    print()
 
 
-def score(loaded, prompts, responses, references, named_labels=""):
+def score(loaded, prompts, responses, references, named_labels, picture):
     """The counts that one model reached: its responses against the references (either may be None) and, in a
-    classification, the likeliest labels against them."""
+    classification, the likeliest labels against them; the path `picture` shows what these were taken for."""
     scored = [index for index, reference in enumerate(references) if reference is not None]
     answers, truths = [(responses[i] or "").strip() for i in scored], [references[i].strip() for i in scored]
     result = {"records": len(responses), "scored": len(scored),
@@ -62,16 +67,14 @@ def score(loaded, prompts, responses, references, named_labels=""):
     labels = label_set(references, named_labels, loaded)
     if labels and scored:
         likeliest = classify(loaded, [prompts[i] for i in scored], labels)
-        confusion([references[i] for i in scored], likeliest, labels)
+        counts = Counter(zip([references[i] for i in scored], likeliest, strict=True))
+        confusion(counts, labels)
+        plot_confusion(counts, labels, picture)
         known = {label.strip() for label in labels}
         result["no_label"] = sum(answer not in known for answer in answers)
         result["likelihood"] = sum(truth == label.strip() for truth, label in zip(truths, likeliest, strict=True))
         result["majority"] = max(Counter(truths).values())
     return result
-
-
-def percent(part, whole):
-    return f"{part}/{whole} ({100 * part / whole:.1f} %)"
 
 
 def summary(results):
@@ -80,9 +83,7 @@ def summary(results):
         count = result["scored"]
         if len(results) > 1 and count:
             print(f"{name}:")
-        if "likelihood" in result:
-            print(f"likeliest label right {percent(result['likelihood'], count)}; always the commonest "
-                  f"{percent(result['majority'], count)}; answers with no known label "
-                  f"{percent(result['no_label'], count)}")
-        if count:
-            print(f"exact match {percent(result['exact'], count)}")
+        for key, title in (("likelihood", "likeliest label right"), ("majority", "always the commonest label"),
+                           ("no_label", "answers with no known label"), ("exact", "exact match")):
+            if key in result and count:
+                print(f"{title:28}{result[key]:5,} of {count:,} ({result[key] / count:.1%})")

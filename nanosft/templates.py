@@ -139,6 +139,14 @@ def bring_tokenizer(spec, encoding, directory):
             "chat_template": read_chat_template(directory)}
 
 
+def title_of(spec):
+    """What people call the wording of this spec; None is plain text."""
+    if not spec:
+        return "no template"
+    own = spec["response_format"] and spec["template"] != "model"
+    return "your formats" if own else f"{spec['template']} template"
+
+
 def stop_token(spec, encoding):
     """The id that ends an answer."""
     if spec and spec["template"] == "model":

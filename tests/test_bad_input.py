@@ -118,7 +118,7 @@ def work(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
     prepared(write_lines(path / "a.jsonl", colour_records(40)), path / "data", val_fraction=0.2, block_size=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, "plot", lambda out_dir: None)  # which takes seconds
+        patch.setattr(train.pictures, "plot_losses", lambda out_dir: None)  # which takes seconds
         training(path / "data", path / "out")
     tiny(n_layer=1, n_embd=8, n_head=2, block_size=512).save_pretrained(path / "model")
     (path / "model" / "prompt.json").write_text(json.dumps(dict(template="chat", prompt_format="", response_format="",
@@ -648,7 +648,7 @@ REMEDIES = [
 def test_remedies_work(change, script, flags, message, repair, other_flags, work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(work, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(train.report, "plot", lambda out_dir: None)
+    monkeypatch.setattr(train.pictures, "plot_losses", lambda out_dir: None)
     main, config_class, defaults = {
         PREPARE: (prepare_data.main, PrepareConfig, dict(encoding="bytes", out_dir="x", show=0, val_fraction=0,
                                                          test_fraction=0)),

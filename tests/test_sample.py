@@ -1,6 +1,7 @@
 """sample.py: the prompts that training saw, whole characters while streaming, chats, files, scores, exports."""
 import io
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import jinja2
@@ -13,7 +14,7 @@ from test_tokenizer import trained
 import sample
 import train
 from model import GPT
-from nanosft import score
+from nanosft import pictures, score
 from nanosft.console import UserError
 from nanosft.records import Message, to_messages
 from nanosft.shards import load_meta
@@ -224,7 +225,7 @@ def test_a_file_is_answered_in_order_scored_and_written(tmp_path, capsys):
     told[4]["output"] = None
     write_lines(source, told)
     assert use(model, **flags) == {"records": 5, "scored": 4, "exact": 1}
-    assert capsys.readouterr().out.splitlines()[-1] == "exact match 1/4 (25.0 %)"
+    assert capsys.readouterr().out.splitlines()[-1] == "exact match                     1 of 4 (25.0%)"
     assert json.loads(output.read_text().splitlines()[1]) == {**told[1], "model's response": answers[1]["response"]}
 
 
@@ -241,13 +242,14 @@ def test_a_file_with_few_answers_is_scored_as_classification(tmp_path, monkeypat
     result = use(model, file=file, output=str(tmp_path / "a"))
     assert result == {"records": 10, "scored": 10, "exact": 0, "no_label": 10, "likelihood": 6, "majority": 6}
     lines = capsys.readouterr().out.splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("truth"))
+    first = next(i for i, line in enumerate(lines) if "at the top" in line) + 1
     assert [line.split() for line in lines[first:first + 5]] == [
-        ["truth", "/", "likeliest", "cat", "dog", "owl", "recall"], ["cat", "5", "1", "0", "83%"],
+        ["cat", "dog", "owl", "recall"], ["cat", "5", "1", "0", "83%"],
         ["dog", "2", "1", "0", "33%"], ["owl", "0", "1", "0", "0%"], ["precision", "71%", "33%", "0%"]]
-    assert lines[-2:] == [
-        "likeliest label right 6/10 (60.0 %); always the commonest 6/10 (60.0 %); answers with no known label 10/10 "
-        "(100.0 %)", "exact match 0/10 (0.0 %)"]
+    assert lines[-4:] == ["likeliest label right           6 of 10 (60.0%)",
+                          "always the commonest label      6 of 10 (60.0%)",
+                          "answers with no known label    10 of 10 (100.0%)",
+                          "exact match                     0 of 10 (0.0%)"]
 
 
 def test_labels_can_be_named_and_models_stand_side_by_side(tmp_path, capsys):
@@ -270,8 +272,21 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
     assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == []  # no place for one and its stop
     with pytest.raises(UserError, match="--labels: one has 65 tokens"):
         score.label_set([], "b," + "a" * 64, loaded)
-    score.confusion(["a", "b", "c"], ["a", "a", "a"], ["a", "b"])
-    assert "1 of 3 records have another answer than these labels: they count as wrong" in capsys.readouterr().out
+
+
+def test_a_confusion_matrix_fits_a_terminal_and_is_drawn(tmp_path, capsys):
+    labels = ["astro-ph", "cond-mat", " cs", "hep-ph", "hep-th", "math", "physics", "quant-ph"]
+    counts = Counter({(label, label): 30 for label in labels} | {("hep-th", "hep-ph"): 10, ("?", "math"): 2})
+    score.confusion(counts, labels)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "2 of 252 records have another answer than these labels: they count as wrong"
+    assert max(map(len, lines)) <= 80
+    assert lines[3].split() == ["astro-", "cond-m", "cs", "hep-ph", "hep-th", "math", "physic", "quant-", "recall"]
+    assert lines[8].split() == ["hep-th", "0", "0", "0", "10", "30", "0", "0", "0", "75%"]
+    assert lines[12].split() == ["precision", "100%", "100%", "100%", "75%", "100%", "100%", "100%", "100%"]
+    pictures.plot_confusion(counts, labels, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"drew {tmp_path / 'a.png'}\n"
 
 
 def test_flags_out_of_range_are_all_named_at_once():

@@ -24,7 +24,7 @@ import sample
 import train
 from model import GPT, IGNORE_INDEX
 from nanosft import flags as flags_module
-from nanosft import report
+from nanosft import pictures, report
 from nanosft.console import UserError
 from nanosft.flags import ELSEWHERE, parse_config
 from nanosft.optimizer import AdamW
@@ -43,8 +43,8 @@ def fit(data, tmp_path, monkeypatch):
     def run(out="out", **flags):
         common = BASE if "resume" not in flags else {}
         return train.main(TrainConfig(**{**common, "data_dir": str(data), "out_dir": str(tmp_path / out), **flags}))
-    run.plot = report.plot
-    monkeypatch.setattr(report, "plot", lambda out_dir: None)
+    run.plot = pictures.plot_losses
+    monkeypatch.setattr(pictures, "plot_losses", lambda out_dir: None)
     return run
 
 
@@ -302,10 +302,22 @@ def test_a_run_is_saved_with_evaluations_after_two_minutes_and_every_ten(eval_in
 
 def test_the_progress_line_tells_all_tokens_a_second_and_the_time_left(fit, tmp_path, clock, capsys):
     clock(2.0)
-    fit(log_interval=1, eval_interval=0)
-    lines = re.findall(r"^step (\d)/6  (\d:\d\d) left  loss .*  ([\d,]+) tokens/s$", capsys.readouterr().out, re.M)
+    fit(log_interval=1, eval_interval=1)  # the first evaluation tells what one costs: nothing
+    lines = re.findall(r"^step (\d)/6 +(\d+) s left  loss .*  ([\d,]+) tok/s$", capsys.readouterr().out, re.M)
     speeds = [f"{tokens / 2:,.0f}" for tokens in column(tmp_path / "out", "tokens")]
-    assert lines == [(str(step), f"0:{12 - 2 * step:02}", speeds[step - 1]) for step in range(1, 7)]
+    assert lines[1:] == [(str(step), str(12 - 2 * step), speeds[step - 1]) for step in range(2, 7)]
+
+
+@pytest.mark.parametrize("seconds, shown", [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"),
+                                            (6000, "1.7 h"), (360_000, "100.0 h")])
+def test_a_time_is_told_in_the_unit_that_suits_it(seconds, shown):
+    assert report.duration(seconds) == shown
+
+
+def test_the_time_left_counts_the_evaluations_to_come():
+    assert train.seconds_left(10, 100, 10, 2.0, 5.0) == 2 * 90 + 5 * 10  # that of this step, too
+    assert train.seconds_left(11, 100, 10, 2.0, 5.0) == 2 * 89 + 5 * 9
+    assert train.seconds_left(96, 96, 10, 2.0, 5.0) == 5  # the last one
 
 
 # ---- what is left of a run ------------------------------------------------------------------------------------------
@@ -370,7 +382,9 @@ def test_best_follows_the_answers_where_that_is_asked_for(by, fit, prepare, tmp_
     assert (state.best_val_score, state.best_val_loss, state.waited) == (0.5, 3.0, 1)
     assert [row["val_score"] for row in rows(tmp_path / "out")] == ["0.3", "0.5", "0.5", "0.4"]
     assert f"step 3, validation loss 3.0000, {by} 50.0%, the best so far" in capsys.readouterr().out
-    fit("three", data_dir=data, max_steps=3, eval_interval=0, lr_schedule="constant", warmup_ratio=0)
+    monkeypatch.setattr(report.Samples, "right", lambda *_: 10)
+    fit("three", data_dir=data, max_steps=3, eval_interval=0, lr_schedule="constant", warmup_ratio=0, best_examples=10)
+    assert rows(tmp_path / "three")[2]["val_score"] == "1"  # a small model's answers are counted unasked, for the eye
     assert equal(weights(tmp_path / "out" / "best"), weights(tmp_path / "three" / "last"))
     fit.plot(tmp_path / "out")
     with pytest.raises(UserError, match="--best_by=likelihood needs 2 to 50 different answers, not 1; take exact"):
@@ -383,18 +397,19 @@ def test_best_follows_the_answers_where_that_is_asked_for(by, fit, prepare, tmp_
 def test_right_answers_are_those_that_sample_py_counts(data):
     """A model that has learned its examples by heart answers them exactly; a fresh one none."""
     shards, encoding = Shards(data, load_meta(data), "train", 6), get_encoding("bytes")
-    samples, model = report.Samples(shards, encoding, 256, scored=6), tiny(block_size=256).eval()
-    assert samples.right(model, "exact") == 0 and 0 <= samples.right(model, "likelihood", batch=4) <= 6
+    samples, labels = (report.Samples(shards, encoding, 256, by=by, scored=6) for by in ("exact", "likelihood"))
+    model = tiny(block_size=256).eval()
+    assert samples.right(model) == 0 and 0 <= labels.right(model, batch=4) <= 6
     expected = torch.tensor([[float(own == answer) for own in sorted({*map(tuple, samples.answers)})]
                              for answer in map(tuple, samples.answers)])
     model.log_likelihood = lambda prompts, labels: expected[:len(prompts)]
     model.generate = lambda prompts, *_, **__: zip(*[answer + [None] * 99 for answer in samples.answers], strict=False)
-    assert samples.right(model, "exact") == samples.right(model, "likelihood") == 6
+    assert samples.right(model) == labels.right(model) == 6
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300])  # 300: padded
 def test_results_load_in_transformers_and_carry_their_ids_and_wording(vocab_size, fit, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "plot", fit.plot)
+    monkeypatch.setattr(pictures, "plot_losses", fit.plot)
     tiny(block_size=128, vocab_size=vocab_size, eos_token_id=vocab_size - 1).save_pretrained(tmp_path / "start")
     with stop_after(2), pytest.raises(SystemExit):
         fit(init_from=str(tmp_path / "start"), max_steps=3)
@@ -412,7 +427,8 @@ def test_results_load_in_transformers_and_carry_their_ids_and_wording(vocab_size
         assert (config.vocab_size, config.bos_token_id, config.eos_token_id) == (vocab_size, 256, 256)
         assert json.loads((directory / "prompt.json").read_text())["template"] == "chat"
     log = rows(out_dir)
-    assert ",".join(log[0]) == "step,epoch,train_loss,val_loss,learning_rate,grad_norm,tokens,supervised_tokens,seconds"
+    assert ",".join(log[0]) == ("step,epoch,train_loss,val_loss,learning_rate,grad_norm,tokens,supervised_tokens,"
+                                "seconds,val_score")
     assert [bool(row["val_loss"]) for row in log] == [False, False, True]
     assert column(out_dir, "train_loss")[2] == pytest.approx(state.train_loss, rel=1e-7)  # eight digits
     assert column(out_dir, "val_loss") == pytest.approx([state.val_loss], rel=1e-7)
@@ -425,7 +441,7 @@ def test_a_log_or_picture_that_somebody_spoils_ends_no_run(fit, tmp_path, monkey
         (out_dir / "log.csv").unlink(missing_ok=True)
         (out_dir / "loss.png").mkdir(exist_ok=True)
         return real(*args)
-    monkeypatch.setattr(report, "plot", fit.plot)
+    monkeypatch.setattr(pictures, "plot_losses", fit.plot)
     monkeypatch.setattr(train, "evaluate", spoil)
     assert fit(max_steps=4).step == 4 and "warning: no loss.png (" in capsys.readouterr().out
     assert [row["step"] for row in report.read_rows(out_dir / "log.csv")] == [4]
@@ -443,7 +459,7 @@ def test_eight_examples_come_out_word_for_word(fit, tmp_path, data, capsys):
     score = sample.main(sample.SampleConfig(model=str(tmp_path / "out" / "last"), file=str(file), batch_size=3,
                                             output=str(tmp_path / "answers.jsonl"), device="cpu", dtype="float32"))
     assert score == {"records": 8, "scored": 8, "exact": 8}
-    assert capsys.readouterr().out.endswith("exact match 8/8 (100.0 %)\n")
+    assert capsys.readouterr().out.endswith(" 8 of 8 (100.0%)\n")
     answered = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert all(record["response"] == record["output"] for record in answered)
 
@@ -544,7 +560,7 @@ def test_wandb_gets_the_usual_names_and_ends_no_run(fit, tmp_path, monkeypatch, 
     module.init = lambda **flags: SimpleNamespace(log=lambda numbers, step: seen.append((step, set(numbers))))
     fit(wandb=True)
     usual = {"train/loss", "lr", "grad_norm", "tokens_per_second"}
-    assert seen[:3] == [(1, usual), (2, usual), (3, usual | {"val/loss"})] and len(seen) == 6
+    assert seen[:3] == [(1, usual), (2, usual), (3, usual | {"val/loss", "val/score"})] and len(seen) == 6
     module.init = lambda **flags: SimpleNamespace(log=lambda numbers, step: 1 / 0)
     assert fit("broken", wandb=True).step == 6
     assert "warning: Weights & Biases failed at step 1" in capsys.readouterr().out

@@ -1,0 +1,85 @@
+"""Pictures, where matplotlib is installed: the losses of a run, and what labels were taken for."""
+import math
+
+import numpy as np
+
+from nanosft.files import atomic_file
+from nanosft.report import read_rows
+
+
+def new_figure(**options):
+    """An empty figure, or None where matplotlib is missing or broken."""
+    try:
+        from matplotlib.figure import Figure
+    except Exception:
+        return None
+    return Figure(layout="constrained", **options)
+
+
+def write(figure, path):
+    """Writes a PNG. A disk that does not take it is no reason to end a run."""
+    try:
+        with atomic_file(path) as file:
+            figure.savefig(file, format="png", dpi=120)
+    except OSError as error:
+        print(f"warning: no {path.name} ({error})")
+
+
+def plot_losses(out_dir):
+    """loss.png from log.csv: both losses, the best step, the learning rate, right answers."""
+    figure = new_figure(figsize=(9, 5))
+    try:
+        rows = read_rows(out_dir / "log.csv")
+        steps, losses, rates, tokens = ([float(row[name]) for row in rows]
+                                        for name in ("step", "train_loss", "learning_rate", "tokens"))
+        evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        scored = [(float(row["step"]), float(row["val_score"])) for row in rows if row.get("val_score")]
+    except (ValueError, KeyError):  # somebody has edited the log
+        return
+    if not figure or not rows:
+        return
+    axes = figure.subplots()
+    # every step's loss, thin, and over it the mean of windows of a fiftieth of the run
+    window = max(1, len(rows) // 50)
+    smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
+    label = f"training, mean of {window} steps" if window > 1 else "training"
+    axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
+    if evaluated:
+        step, best = min(evaluated, key=lambda point: (math.isnan(point[1]), point[1]))
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
+        label = f"best: {best:.4f} at step {step:,.0f}"
+        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=label)
+    axes.set(xlabel=f"step of {sum(tokens) / len(rows):,.0f} tokens", ylabel="loss per supervised token", yscale="log",
+             xlim=(0, None))
+    axes.legend(loc="upper right")
+    right = axes.twinx()
+    right.plot(steps, rates, ":", color="tab:green")
+    right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    if scored:
+        far = axes.twinx()
+        far.spines["right"].set_position(("axes", 1.12))
+        far.plot(*zip(*scored, strict=True), "s--", color="tab:purple", markersize=4)
+        far.set(ylabel="right answers (squares)", ylim=(0, 1))
+    write(figure, out_dir / "loss.png")
+
+
+def plot_confusion(counts, labels, path):
+    """A confusion matrix, {(truth, likeliest): int}: the counts, over their share of the row as colour."""
+    figure, names = new_figure(figsize=2 * [4 + 0.4 * len(labels)]), [label.strip()[:24] for label in labels]
+    if not figure:
+        return
+    matrix = np.array([[counts[truth, taken] for taken in labels] for truth in labels])
+    shares = matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        if count:
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
+    ticks = range(len(labels))
+    axes.set_xticks(ticks, names, rotation=45, ha="right")
+    axes.set_yticks(ticks, names)
+    axes.set(xlabel="likeliest label", ylabel="truth", title=f"{matrix.trace():,} of {matrix.sum():,} right")
+    write(figure, path)
+    print(f"drew {path}")
