@@ -10,6 +10,7 @@ import codecs
 import contextlib
 import copy
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,7 +168,8 @@ def load(config):
     trained = next((pair for pair in words if pair[0]), None)
     models, bases = [], {}
     for name, path, pair in zip(names, paths, words, strict=True):
-        spec, directory = pair if pair[0] or not trained else trained
+        is_borrowed = trained and not pair[0]
+        spec, directory = trained if is_borrowed else pair
         if path.name == "adapter_config.json" and not (directory / "tokenizer.json").is_file():
             directory = locate(base_of(path)).parent  # peft leaves the tokenizer with the base
         has_tokenizer = (directory / "tokenizer.json").is_file()
@@ -177,9 +179,10 @@ def load(config):
         encoding = get_encoding(spec["encoding"] if spec else own_encoding, directory)
         spec = spec and bring_tokenizer(spec, encoding, directory)
         model = load_model(path, dtype, bases)
-        if model.config.vocab_size < encoding.n_vocab:
+        # some pad their vocabulary; one in borrowed words that has far more tokens has others
+        if not 0 <= model.config.vocab_size - encoding.n_vocab < (128 if is_borrowed else math.inf):
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
-                            f"{encoding.n_vocab}: give the --data_dir that it was trained on")
+                            f"{encoding.n_vocab}: give the --data_dir that it was trained on, or ask it alone")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
         if config.system and not models[-1].is_chat():
             raise UserError("--system: only a chat template has a system prompt; leave it out")

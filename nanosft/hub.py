@@ -57,7 +57,8 @@ def cached(repository):
     except OSError:
         return None
     directory = folder_of(repository) / "snapshots" / commit
-    whole = any((directory / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+    whole = any((directory / name).is_file() for name in (
+        "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"))
     if not whole and (directory / INDEX).is_file():
         whole = all(file.is_file() for file in shards_of(directory / INDEX))
     return directory if whole else None
@@ -165,23 +166,24 @@ def explained(repository):
 
 
 def download(repository):
-    """The directory of a repository in the hub's cache, with its weights, configuration and tokenizer, which are
-    fetched first."""
+    """The directory of a repository in the hub's cache, with its weights or LoRA adapter, configuration and tokenizer,
+    which are fetched first."""
     if is_offline():
         raise UserError(f"{repository} is not in {folder_of(repository).parent} and HF_HUB_OFFLINE is set; unset it, "
                         "or name the path of a copy")
     with explained(repository):
         print(f"downloading {repository} to {folder_of(repository).parent}", flush=True)
-        config = fetch(repository, "config.json")
+        config = fetch(repository, "config.json") or fetch(repository, "adapter_config.json")
         if config is None:
             raise UserError(f"the hub has no model {repository} with a config.json; check the name")
         for file in TOKENIZER:
             fetch(repository, file)
-        if not fetch(repository, "model.safetensors") and fetch(repository, INDEX):
+        weights = config.name.replace("config.json", "model.safetensors")
+        if not fetch(repository, weights) and fetch(repository, INDEX):
             for path in shards_of(config.parent / INDEX):
                 fetch(repository, path.name)
     if not cached(repository):
-        raise UserError(f"{repository} has no model.safetensors: take another copy of it")
+        raise UserError(f"{repository} has no {weights}: take another copy of it")
     return config.parent
 
 

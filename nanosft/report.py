@@ -2,6 +2,7 @@
 import csv
 import io
 import os
+import re
 import sys
 from collections import Counter
 
@@ -73,14 +74,14 @@ def duration(seconds):
     """A time in the unit that suits it."""
     if seconds < 100:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def show_progress(row, total_steps, seconds_left, skipped):
     """One line: where the run is, its time left, loss, learning rate, gradient norm and speed."""
-    total = f"{total_steps:,}"
-    line = (f"step {row['step']:>{len(total)},}/{total}  {duration(seconds_left):>6} left  "
-            f"loss {row['train_loss']:6.4f}  lr {row['learning_rate']:.1e}  norm {row['grad_norm']:4.2f}  "
+    total, rate = f"{total_steps:,}", f"{row['learning_rate']:.1e}".replace("e-0", "e-")
+    line = (f"step {row['step']:>{len(total)},}/{total}  {duration(seconds_left):>7} left  "
+            f"loss {row['train_loss']:6.4f}  lr {rate}  norm {row['grad_norm']:4.2f}  "
             f"{row['tokens'] / row['seconds']:6,.0f} tok/s")
     if skipped:
         line += f"  ({skipped} skipped in a row: not finite)"
@@ -89,7 +90,7 @@ def show_progress(row, total_steps, seconds_left, skipped):
 
 # ---- answers ----------------------------------------------------------------------------------------------------
 
-def shorten(text, width=100):
+def shorten(text, width):
     if len(text) <= width:
         return text
     return text[:width // 2 - 2] + " ... " + text[-width // 2 + 3:]
@@ -97,7 +98,7 @@ def shorten(text, width=100):
 
 def without_template(texts):
     """Each text in one line, less the lines that more than a fifth of the texts share: those are the template's."""
-    texts = [text.replace("<|endoftext|>", "\n").splitlines() for text in texts]
+    texts = [re.split(r"\n|<\|\w+\|>", text) for text in texts]
     seen = Counter(line for lines in texts for line in set(lines))
     few = max(1, len(texts) // 5)
     return [" ".join(" ".join(line for line in lines if seen[line] <= few).split()) for lines in texts]
@@ -117,7 +118,7 @@ class Samples:
             stop = first + int(np.append(~supervised[first:], True).argmax())
             self.prompts.append(tokens["id"][:first].tolist())
             self.answers.append(tokens["id"][first:stop].tolist())
-        self.titles = [shorten(text) for text in without_template(map(encoding.decode, self.prompts))[:count]]
+        self.titles = [shorten(text, 74) for text in without_template(map(encoding.decode, self.prompts))[:count]]
         del self.prompts[max(count, scored):], self.answers[max(count, scored):]
         labels = len({*map(tuple, self.answers)})
         if by == "likelihood" and not 2 <= labels <= 50:
@@ -141,7 +142,7 @@ class Samples:
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
             text = self.encoding.decode([token for token in answer if token != self.stop])
             mark = "  (exact)" if answer == right else ""
-            print(f"    {title} -> {shorten(text, 70)!r}{mark}", flush=True)
+            print(f"    {title}\n      -> {shorten(text, 58)!r}{mark}", flush=True)
 
     def right(self, model, batch=32):
         """How many answers are right: written exactly, or the likeliest of those that occur."""

@@ -54,7 +54,7 @@ MUTATIONS = {
     "padding seen while generating": ('''<= position[:, None]''', '''<= position.max()'''),
     "padded vocabulary drawn": ('''self.logits(x)[:, :n_vocab]''', '''self.logits(x)'''),
     "rotary positions not scaled": ('''speeds * (kept + (1 - kept) / scaling["factor"])''', '''speeds'''),
-    "gate and value swapped": ('''F.silu(self.c_gate(x)) * self.c_fc(x)''', '''F.silu(self.c_fc(x)) * self.c_gate(x)'''),
+    "gate and value swapped": ('''F.silu(gate) * x''', '''F.silu(x) * gate'''),
     "keys shared by the wrong queries": ('''q = q.reshape(B, n_kv_head, -1, D)''', '''q = q.view(B, -1, n_kv_head, D).transpose(1, 2)'''),
     # files
     "token sent to another host": ('''made.add_unredirected_header''', '''made.add_header'''),

@@ -264,6 +264,17 @@ def test_labels_can_be_named_and_models_stand_side_by_side(tmp_path, capsys):
     assert both == {name: use(name, **flags) for name in (one, two)}
 
 
+def test_a_plain_model_is_asked_in_a_trained_ones_words_if_its_ids_can_be_the_same(tmp_path, heard):
+    trained, plain = saved(tmp_path / "trained", SPECS["alpaca"]), tmp_path / "plain"
+    for vocab_size, can_be in ((257, True), (257 + 127, True), (257 + 128, False)):  # padded, or other tokens
+        tiny(block_size=512, vocab_size=vocab_size).save_pretrained(plain)
+        if can_be:
+            assert len(use(f"{plain},{trained}", prompt="Hi")) == 2
+        else:
+            with pytest.raises(UserError, match="plain has 385 token ids, the bytes encoding 257: .* or ask it alone"):
+                use(f"{plain},{trained}", prompt="Hi")
+
+
 def test_labels_are_scored_as_the_answers_spell_them(capsys):
     loaded = LoadedModel("", tiny(), BYTES, {**SPECS["alpaca"]}, "")
     assert score.label_set([" pos", None, " neg", " pos"], "pos, neg,new", loaded) == [" pos", " neg", "new"]

@@ -308,7 +308,7 @@ def test_the_progress_line_tells_all_tokens_a_second_and_the_time_left(fit, tmp_
     assert lines[1:] == [(str(step), str(12 - 2 * step), speeds[step - 1]) for step in range(2, 7)]
 
 
-@pytest.mark.parametrize("seconds, shown", [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"),
+@pytest.mark.parametrize("seconds, shown", [(0.4, "0 s"), (99, "99 s"), (100, "1.7 min"), (5999, "100.0 min"),
                                             (6000, "1.7 h"), (360_000, "100.0 h")])
 def test_a_time_is_told_in_the_unit_that_suits_it(seconds, shown):
     assert report.duration(seconds) == shown

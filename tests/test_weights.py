@@ -283,6 +283,19 @@ def test_a_gated_model_in_several_files_comes_with_its_tokenizer_for_the_right_t
         path.name: path.read_bytes() for path in hub.remote.iterdir()}
 
 
+def test_an_adapter_is_downloaded_by_name(hub, tmp_path):
+    base = tmp_path / "base"
+    hub.remote.rename(base)
+    model = with_lora(GPT.from_pretrained(base))
+    model.save_adapter(hub.remote, str(base))
+    assert torch.equal(logits("somebody/adapter"), logits(model))
+    asked = list(hub.requests)
+    assert locate("somebody/adapter").name == "adapter_config.json" and hub.requests == asked
+    (hub.remote / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="else/adapter has no adapter_model.safetensors: take another copy of it"):
+        locate("else/adapter")
+
+
 @pytest.mark.parametrize("fault, message", [
     *((f"{file} {fault}", "download of openai-community/gpt2 failed.*check the network and try again, or name the path")
       for file in ("config.json", "model.safetensors") for fault in ("cut", "corrupt", "untold")),
