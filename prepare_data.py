@@ -118,6 +118,7 @@ class Report:
     unused: Counter = field(default_factory=Counter)  # names of fields: how many records have one
     text: str = "text"  # the name that this field has
     classes: dict = field(default_factory=dict)  # fields beside it: their values, while these are few
+    answers: Counter = field(default_factory=Counter)  # how often each, while these are few
     cut: int = 0  # conversations with turns at the end that nobody answered
     several: bool = False  # some conversation has several turns
     seen_in_training: Counter = field(default_factory=Counter)  # prompts of val or test that stand there too
@@ -137,7 +138,11 @@ class Report:
 
     def lines(self):
         """What is to be said about them, a line each."""
-        lines = [f"{count:,} dropped: {reason} (first: {first})" for reason, (count, first) in self.dropped.items()]
+        lines = []
+        if 2 <= len(self.answers) <= 50 and 3 * len(self.answers) <= self.answers.total():
+            names = ", ".join(f"{answer.strip()} ({count:,})" for answer, count in self.answers.most_common())
+            lines.append(f"{len(self.answers)} different answers: {names}")
+        lines += [f"{count:,} dropped: {reason} (first: {first})" for reason, (count, first) in self.dropped.items()]
         if self.cut:
             lines.append(f"{self.cut:,} cut: turns at the end that nobody answered")
         for split, count in self.seen_in_training.items():
@@ -281,6 +286,8 @@ def render_all(records, spec, config, report, kinds):
             continue
         except UserError as error:
             raise UserError(f"{location}: {error}") from None
+        if len(report.answers) <= 50 and kept[-1].role == "completion":
+            report.answers.update(kept[-1].fields.values())
         report.note_unused(record, rest, kind == "text")
         report.cut += len(kept) < len(messages)
         report.several |= sum(message.role == "user" for message in kept) > 1

@@ -21,12 +21,13 @@ import torch
 from model import GPT
 from nanosft import llamacpp
 from nanosft.chat_template import read_chat_template
+from nanosft.checkpoint import RESULTS
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.records import NAME, Message, take, text_of, to_messages
-from nanosft.score import score, summary
+from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import kind_of, open_text, read_records
 from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token, title_of
@@ -45,6 +46,7 @@ class SampleConfig:
     system: str = ""  # system prompt, for a template that has one
     answer: str = ""  # a half-written answer to go on with
     file: str = ""  # records to answer (as prepare_data.py reads them) and, where they hold an answer, to score
+    text_encoding: str = ""  # of that file, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
     labels: str = ""  # for classification: the classes, with commas; '' = the file's answers, where they are few
     output: str = "answers.jsonl"  # where --file writes its records, each with its response
     export: str = ""  # write the model, LoRA merged: a directory for transformers, or a file.gguf for llama.cpp, Ollama
@@ -344,8 +346,16 @@ def answer_all(loaded, prompts, config):
         done = start + len(batch)
         status(f"{done:,} of {len(order):,} answered", end=done == len(order))
     for limit, count in cut.items():
-        print(f"{count:,} answers were cut by {limit}")
+        print(f"{count:,} of {len(prompts):,} answers were cut by {limit}")
     return [None if answer is None else before(loaded.encoding.decode(answer), config.stop) for answer in answers]
+
+
+def put(records, key, values):
+    """Gives each of the located records a field, under a name of its own."""
+    if any(key in record for _, record in records):
+        key = f"model's {key}"
+    for (_, record), value in zip(records, values, strict=True):
+        record[key] = value
 
 
 def answer_file(models, config):
@@ -357,7 +367,7 @@ def answer_file(models, config):
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
     records = [(location, {"messages": record} if isinstance(record, list) else record)
-               for location, record in read_records(path)]
+               for location, record in read_records(path, config.text_encoding)]
     if not records:
         raise UserError(f"--file: {path} holds no records; give one that does")
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
@@ -365,18 +375,18 @@ def answer_file(models, config):
             if loaded.spec is None:
                 print(f"{loaded.name} has no template of its own: the prompts go raw (--data_dir names one)")
             prompts, references = read_prompts(records, loaded, config)
-            key = "response"
+            labels, likeliest, of = label_set(references, config.labels, loaded), [], ""
             if len(models) > 1:
                 print(f"{loaded.name}:")
-                key = f"response of {loaded.name}"
-            if any(key in record for _, record in records):
-                key = f"model's {key}"
+                of = f" of {loaded.name}"
             responses = answer_all(loaded, prompts, config)
-            for (_, record), response in zip(records, responses, strict=True):
-                record[key] = response
+            put(records, f"response{of}", responses)
+            if labels:
+                likeliest = classify(loaded, prompts, labels)
+                put(records, f"likeliest label{of}", [label.strip() for label in likeliest])
             number = f"-{len(results) + 1}" if len(models) > 1 else ""
             picture = Path(config.output).with_suffix(f".confusion{number}.png")
-            results[loaded.name] = score(loaded, prompts, responses, references, config.labels, picture)
+            results[loaded.name] = score(responses, references, labels, likeliest, picture)
         for _, record in records:  # half a surrogate pair, which a field may hold, stays the escape that it was
             file.write((json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace"))
     print(f"wrote {config.output}")
@@ -393,8 +403,8 @@ def export(loaded, directory, gguf_type):
             raise UserError(f"--export={directory} is there already; name another file")
         loaded.model.merge_lora()
         return llamacpp.write_gguf(directory, loaded, gguf_type)
-    if (directory / "model.safetensors").exists() or (directory / "adapter_config.json").exists():
-        raise UserError(f"--export={directory} holds a model already; name another directory")
+    if any((directory / name).exists() for name in ("model.safetensors", "adapter_config.json", *RESULTS)):
+        raise UserError(f"--export={directory} holds a model or a run already; name another directory")
     loaded.model.config.eos_token_id = loaded.stop  # of a padded vocabulary it is not the last id
     loaded.model.merge_lora().save_pretrained(directory)
     if loaded.spec:

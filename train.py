@@ -155,20 +155,28 @@ def planned_steps(config, n_examples, from_scratch):
 
 def expected_seconds(run, token_seconds):
     """About what a step and an evaluation take, before any was seen."""
-    seconds = token_seconds / rank_and_world_size()[1]  # of a token that is learned; to read one takes a third
+    seconds = token_seconds / rank_and_world_size()[1]  # forward and backward; forward alone takes a third
     return (seconds * float(run.data.lengths.mean()) * run.config.batch_size,
             seconds / 3 * float(run.val.lengths.sum()))
 
 
-def steps_in_time(planned, step, seconds_left, step_seconds):
-    """The steps that a run will have come to when its time ends, or all that are planned."""
-    if seconds_left == math.inf:
+def steps_in_time(planned, step, seconds, step_seconds):
+    """The number of the step at which time is up, or of the last one that is planned. `seconds`: what is left."""
+    if seconds == math.inf:
         return planned
-    return min(planned, step + max(0, int(seconds_left / step_seconds)))
+    return min(planned, step + max(0, int(seconds / step_seconds)))
+
+
+def steps_at_first(run, seconds, step_seconds):
+    """The steps that time allows, by what was measured before the first one; at least one."""
+    steps = max(steps_in_time(run.steps, run.state.step, seconds, step_seconds), min(1, run.steps))
+    if steps < run.steps:
+        print(f"about {steps:,} of the {run.steps:,} steps fit into --max_minutes={run.config.max_minutes:g}")
+    return steps
 
 
 def seconds_left(step, total_steps, interval, step_seconds, evaluation_seconds):
-    """Of the steps and the evaluations that are to come after this step."""
+    """What the remaining steps and evaluations take, the evaluation of this step included."""
     evaluations = math.ceil(total_steps / interval) - (step - 1) // interval
     return step_seconds * (total_steps - step) + evaluation_seconds * evaluations
 
@@ -452,7 +460,7 @@ def describe(run):
     total = sum(p.numel() for p in parameters)
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     share = f", {learned / 1e6:,.2f} M of them trainable ({learned / total:.2%})" if learned < total else ""
-    limit = f", at most {config.max_minutes:g} minutes" if config.max_minutes else ""
+    limit = f", at most {config.max_minutes:g} min" if config.max_minutes else ""
     world_size = rank_and_world_size()[1]
     processes = f", {world_size} processes" if world_size > 1 else ""
     print(f"{run.base['name']}: {total / 1e6:,.1f} M parameters{share}, {str(run.state.optimizer.dtype)[6:]} on "
@@ -529,7 +537,7 @@ def evaluate_and_keep_best(run, samples, max_tokens):
 
 
 def train(config, device):
-    """What main promises, in one of perhaps several processes."""
+    """Trains in this process, which may be one of several; returns the RunState."""
     started = time.perf_counter()
     run = set_up(config, device)
     config, data, state, optimizer = run.config, run.data, run.state, run.state.optimizer
@@ -547,15 +555,14 @@ def train(config, device):
         return all_reduce(time.perf_counter() - started, "MAX")  # the same for all processes
 
     # A limit of time becomes a number of steps, anew after each step, so that the learning rate comes to its end in
-    # time; an evaluation, which comes last, is kept back.
+    # time. Time for the last evaluation is reserved. Steps and evaluations are estimated until the first is done.
     step_seconds, evaluation_seconds = expected_seconds(run, token_seconds)
     evaluation_seconds += begin_seconds
     began = saved = evaluated = state.elapsed = seconds()
-    evaluating_seconds = 0.0  # of all evaluations so far
+    spent_evaluating = 0.0  # seconds, in all evaluations so far
     limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
-    total_steps = steps_in_time(run.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
-    total_steps = max(total_steps, min(1, run.steps))
+    total_steps = steps_at_first(run, limit - state.elapsed - evaluation_seconds, step_seconds)
     with interrupts() as caught:
         while state.step < total_steps and not signum:
             # the batch: the same for every process, which then takes its share
@@ -585,9 +592,9 @@ def train(config, device):
                    "seconds": time.perf_counter() - step_started, "val_score": ""}
             interval = math.ceil(total_steps / 10) if config.eval_interval < 0 else config.eval_interval or total_steps
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
-                pace = (state.elapsed - began - evaluating_seconds) / (state.step - first_step)
-                left = seconds_left(state.step, total_steps, interval, pace, evaluation_seconds)
-                report.show_progress(row, total_steps, left, state.skipped)
+                alone = (state.elapsed - began - spent_evaluating) / (state.step - first_step)  # a step without these
+                left = seconds_left(state.step, total_steps, interval, alone, evaluation_seconds)
+                report.show_progress(row, total_steps, min(left, limit - state.elapsed), state.skipped)
             # evaluation
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
             due = state.step % interval == 0 and affordable
@@ -595,7 +602,7 @@ def train(config, device):
                 row.update(evaluate_and_keep_best(run, samples, max_tokens))
                 evaluated = seconds()
                 evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
-                evaluating_seconds += evaluation_seconds
+                spent_evaluating += evaluation_seconds
                 if config.patience and state.waited >= config.patience:
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")
@@ -634,7 +641,8 @@ def say_what_follows(config, state, signum, nothing_done):
         return
     best = f"best validation loss {state.best_val_loss:.4f}; " if math.isfinite(state.best_val_loss) else ""
     flag = out_dir and f" --model={out_dir}"
-    print(f"done: {state.step:,} steps in {state.elapsed / 60:.1f} minutes; {best}next: python sample.py{flag}")
+    steps = "1 step" if state.step == 1 else f"{state.step:,} steps"
+    print(f"done: {steps} in {state.elapsed / 60:.1f} minutes; {best}next: python sample.py{flag}")
 
 
 if __name__ == "__main__":

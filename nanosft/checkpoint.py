@@ -51,6 +51,8 @@ def undamaged(path):
         yield
     except OSError:
         raise
+    except UserError as error:  # a setting that only a fork has
+        raise UserError(f"{path} cannot be read by this script ({error}); go on with the one that wrote it") from None
     except Exception as error:
         reason = str(error).strip().splitlines() or [""]
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason[0][:80]}); start anew with "

@@ -31,7 +31,7 @@ def read_rows(path):
 
 def write_rows(path, rows):
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS)
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")  # a fork may have logged more
     writer.writeheader()
     writer.writerows(rows)
     with atomic_file(path) as file:
@@ -41,7 +41,7 @@ def write_rows(path, rows):
 def append_row(path, row, sync):
     """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
     with opened(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         if not file.tell():  # somebody has removed the log
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})

@@ -11,11 +11,14 @@ def label_set(references, named, loaded):
     they are few. [] where the file is no classification."""
     labels = sorted(set(references) - {None})
     if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
+        answers = [label.strip() for label in labels]
         spelling = {label.strip(): label for label in labels}
         wording = loaded.spec["response_format"] or "{label}"
         names = [name.strip() for name in named.split(",")]
         labels = [spelling.get(name) or fill(wording, dict.fromkeys(NAME.findall(wording), name), "labels")
                   for name in names]
+        if answers and set(answers).isdisjoint(names):
+            raise UserError(f"--labels: none of {named} is an answer of the file's, such as {answers[0]}; name classes")
     longest = max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
     fits = longest < loaded.model.config.block_size  # with its stop
     if named and not fits:
@@ -52,21 +55,22 @@ def confusion(counts, labels):
         row = [counts[truth, label] for label in labels]
         recall = counts[truth, truth] / max(1, sum(row))
         print(f"{name[:24]:{first}}{''.join(f'{count:{width}}' for count in row)}{recall:>8.0%}")
-    shares = [counts[label, label] / max(1, sum(counts[truth, label] for truth in labels)) for label in labels]
-    print(f"{'precision':{first}}{''.join(f'{share:{width}.0%}' for share in shares)}")
-    print()
+    print(f"{'precision':{first}}", end="")
+    for label in labels:
+        taken = sum(counts[truth, label] for truth in labels)
+        print(f"{counts[label, label] / taken:{width}.0%}" if taken else "-".rjust(width), end="")
+    print("\n")
 
 
-def score(loaded, prompts, responses, references, named_labels, picture):
+def score(responses, references, labels, likeliest, picture):
     """The counts that one model reached: its responses against the references (either may be None) and, in a
-    classification, the likeliest labels against them; the path `picture` shows what these were taken for."""
+    classification, the likeliest of the labels against them; the path `picture` shows what these were taken for."""
     scored = [index for index, reference in enumerate(references) if reference is not None]
     answers, truths = [(responses[i] or "").strip() for i in scored], [references[i].strip() for i in scored]
     result = {"records": len(responses), "scored": len(scored),
               "exact": sum(answer == truth for answer, truth in zip(answers, truths, strict=True))}
-    labels = label_set(references, named_labels, loaded)
     if labels and scored:
-        likeliest = classify(loaded, [prompts[i] for i in scored], labels)
+        likeliest = [likeliest[i] for i in scored]
         counts = Counter(zip([references[i] for i in scored], likeliest, strict=True))
         confusion(counts, labels)
         plot_confusion(counts, labels, picture)

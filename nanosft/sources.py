@@ -114,8 +114,8 @@ def read_records(path, text_encoding="", separator=SEPARATOR):
     except UserError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}, in or after {location}: {error}; save it as UTF-8, or prepare it with "
-                        "--text_encoding=cp1252, or what else it is in") from None
+        raise UserError(f"{name}, in or after {location}: {error}; save it as UTF-8, or give its "
+                        "encoding, such as --text_encoding=cp1252") from None
     except csv.Error as error:
         raise UserError(f"{name}, in or after {location}: {error}; check the quotes there") from None
     except UNREADABLE as error:

@@ -103,8 +103,8 @@ def fingerprints(segments, seed):
         if supervised and asked:
             prompt = marked[:index]
             break
-        # a system prompt, or a greeting before the first question, tells no conversation from others
-        if text is not EOT and not supervised and text != "assistant\n" and not text.startswith("system\n"):
+        # a special token, a system prompt, or a greeting before the first question tells no record from others
+        if not supervised and not isinstance(text, Special) and not text.startswith(("assistant\n", "system\n")):
             asked = True
     share = hashlib.blake2b(f"{seed} {''.join(prompt)}".encode(), digest_size=8).digest()
     digest = hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()

@@ -154,7 +154,7 @@ def turns(*pairs):
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in pairs]}) + "\n"
 
 
-AS_UTF8 = "save it as UTF-8, or prepare it with --text_encoding=cp1252"
+AS_UTF8 = "save it as UTF-8, or give its encoding, such as --text_encoding=cp1252"
 # file, its content or what makes it, the message, flags
 RECORDS = [
     # cut short, damaged, or nothing at all
@@ -485,7 +485,7 @@ SAMPLES = [
     ("--file missing", wording(), dict(file="nowhere.jsonl"), "--file: nowhere.jsonl is not there; prepare_data.py"),
     ("--file a directory", wording(), dict(file="model"), "--file: model is not there; prepare_data.py leaves"),
     ("--file empty", *file(""), "--file: model/a.jsonl holds no records; give one"),
-    ("--file noise", *file(NOISE), "a.jsonl, in or after line 1: .*save it as UTF-8, or prepare it with"),
+    ("--file noise", *file(NOISE), "a.jsonl, in or after line 1: .*save it as UTF-8, or give its"),
     ("--file of texts", *file('{"text": "a"}'), "line 1: nothing is asked before .* answer; give each record"),
     ("--file unasked", *file(turns(("assistant", "a"))), "line 1: nothing is asked before .* answer; give each"),
     ("--output nowhere", *file(ONE, output="no/where"), "No such file or directory"),
@@ -495,7 +495,7 @@ SAMPLES = [
     ("--prompt too long", wording(), dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512: shorten it"),
     ("--system", wording(template="alpaca"), dict(system="x", prompt="x"), "--system: only a chat template has a sys"),
     ("--output a directory", *file(ONE, output="data"), "--output=data is a directory; name a file"),
-    ("--export over one", wording(), dict(export="model"), "--export=model holds a model already; name another dir"),
+    ("--export over one", wording(), dict(export="model"), "--export=model holds a model or a run already; name"),
     ("--model nowhere", wording(), dict(model="no/where/at"), "no model 'no/where/at': expected gpt2"),
     ("--model a text", put("a.txt", "x"), dict(model="model/a.txt"), "no model 'model/a.txt': expected gpt2"),
     ("--data_dir nowhere", wording(), dict(data_dir="no"), "--data_dir: no prepared data in no; run python prepare_"),

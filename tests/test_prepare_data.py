@@ -6,7 +6,7 @@ import json
 import jinja2
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, colour_records
+from conftest import ROOT, SHARED, chat_model, colour_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -154,6 +154,23 @@ def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
 
 
 # ---- splits, duplicates, lengths ------------------------------------------------------------------------------------
+
+def test_few_different_answers_are_counted(prepare, capsys):
+    records = [{"title": f"t{i}", "kind": ["cat", "dog"][i % 3 == 0]} for i in range(30)]
+    for column, said in ("kind", "2 different answers: cat (20), dog (10)\n"), ("title", ""):
+        prepare(records, template="", prompt_format="{title}\n", response_format=f" {{{column}}}")
+        out = capsys.readouterr().out
+        assert said in out and ("different answers" in out) == bool(said)
+
+
+def test_texts_in_a_models_tokens_are_split_by_their_text(prepare, tmp_path):
+    """All begin with the same special token, which tells none from another."""
+    data = prepare([{"text": f"song {i}"} for i in range(60)], model=chat_model(tmp_path / "m"), encoding="",
+                   template="text", val_fraction=0.2, test_fraction=0.3)
+    meta = load_meta(data)
+    counts = [meta[split]["examples"] for split in ("train", "val", "test")]
+    assert sum(counts) == 60 and all(6 <= count <= 40 for count in counts)
+
 
 def test_the_split_depends_on_the_prompt_alone_and_adding_records_moves_none(prepare):
     base = colour_records(300)

@@ -126,7 +126,7 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
     flags = dict(batch_size=1, output=str(tmp_path / "a"))
     use(model, file=str(write_lines(tmp_path / "r.jsonl", [{"question": "a"}, {"question": "bc"}])), **flags)
     assert [line for line in capsys.readouterr().out.splitlines() if " cut " in line] == [
-        "1 answers were cut by --max_new_tokens", "1 answers were cut by the context"]
+        "1 of 2 answers were cut by --max_new_tokens", "1 of 2 answers were cut by the context"]
 
 
 def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard):
@@ -245,7 +245,7 @@ def test_a_file_with_few_answers_is_scored_as_classification(tmp_path, monkeypat
     first = next(i for i, line in enumerate(lines) if "at the top" in line) + 1
     assert [line.split() for line in lines[first:first + 5]] == [
         ["cat", "dog", "owl", "recall"], ["cat", "5", "1", "0", "83%"],
-        ["dog", "2", "1", "0", "33%"], ["owl", "0", "1", "0", "0%"], ["precision", "71%", "33%", "0%"]]
+        ["dog", "2", "1", "0", "33%"], ["owl", "0", "1", "0", "0%"], ["precision", "71%", "33%", "-"]]
     assert lines[-4:] == ["likeliest label right           6 of 10 (60.0%)",
                           "always the commonest label      6 of 10 (60.0%)",
                           "answers with no known label    10 of 10 (100.0%)",
@@ -260,8 +260,24 @@ def test_labels_can_be_named_and_models_stand_side_by_side(tmp_path, capsys):
     assert "emu" in out and [line for line in out.splitlines() if line.startswith(str(tmp_path))][-2:] == [
         f"{one}:", f"{two}:"]
     record = json.loads((tmp_path / "a").read_text().splitlines()[0])
-    assert set(record) == {"title", "abstract", "label", f"response of {one}", f"response of {two}"}
+    assert set(record) == {"title", "abstract", "label", *(f"{what} of {name}" for name in (one, two)
+                                                           for what in ("response", "likeliest label"))}
+    assert record[f"likeliest label of {one}"] in ("cat", "dog", "emu")
     assert both == {name: use(name, **flags) for name in (one, two)}
+
+
+def test_new_rows_get_a_label_and_may_be_in_another_encoding(tmp_path, capsys):
+    model, rows = saved(tmp_path / "m", SPECS["two"]), "title,abstract\ncaf\xe9,a\nt\xfcr,b\n"
+    (tmp_path / "new.csv").write_text(rows, encoding="cp1252")
+    flags = dict(file=str(tmp_path / "new.csv"), output=str(tmp_path / "a"), max_new_tokens=3)
+    with pytest.raises(UserError, match="such as --text_encoding=cp1252"):
+        use(model, **flags)
+    assert use(model, labels="cat,dog", text_encoding="cp1252", **flags)["scored"] == 0
+    records = [json.loads(line) for line in (tmp_path / "a").read_text(encoding="utf-8").splitlines()]
+    assert [record["title"] for record in records] == ["caf\xe9", "t\xfcr"]
+    assert all(record["likeliest label"] in ("cat", "dog") for record in records)
+    with pytest.raises(UserError, match="--labels: none of label is an answer of the file's, such as cat; name"):
+        use(model, file=labelled(tmp_path, cat=2, dog=2), labels="label", output=str(tmp_path / "a"))
 
 
 def test_a_plain_model_is_asked_in_a_trained_ones_words_if_its_ids_can_be_the_same(tmp_path, heard):

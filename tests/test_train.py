@@ -282,10 +282,12 @@ def test_time_ends_a_run_with_the_learning_rate_at_its_end(evaluation, fit, tmp_
     assert rows(out_dir)[-1]["val_loss"] and 2 <= evaluations <= 12 and (evaluations - 2) * evaluation <= 0.1 * 300
 
 
-def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock):
+def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, capsys):
     ours = clock(1.0)
     assert fit(max_minutes=60).step == 6 and ours.now - 1000 < 20
+    assert "fit into" not in capsys.readouterr().out
     assert fit("short", max_steps=0, epochs=99, max_minutes=0.5, eval_interval=0).step in range(26, 31)
+    assert re.search(r"^about \d+ of the 1,782 steps fit into --max_minutes=0.5$", capsys.readouterr().out, re.M)
     assert fit("short", resume=True).step in range(26, 31)  # no time is left
     assert fit("short", resume=True, max_minutes=1).step in range(54, 61)
 
