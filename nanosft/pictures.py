@@ -26,8 +26,8 @@ def write(figure, path):
 
 
 def plot_losses(out_dir):
-    """loss.png from log.csv: both losses, the best step, the learning rate, right answers."""
-    figure = new_figure(figsize=(9, 5))
+    """loss.png from log.csv: both losses and the best step; below, the learning rate and the right answers."""
+    figure = new_figure(figsize=(9, 6))
     try:
         rows = read_rows(out_dir / "log.csv")
         steps, losses, rates, tokens = ([float(row[name]) for row in rows]
@@ -38,7 +38,7 @@ def plot_losses(out_dir):
         return
     if not figure or not rows:
         return
-    axes = figure.subplots()
+    axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     # every step's loss, thin, and over it the mean of windows of a fiftieth of the run
     window = max(1, len(rows) // 50)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
@@ -50,17 +50,15 @@ def plot_losses(out_dir):
         axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
         label = f"best: {best:.4f} at step {step:,.0f}"
         axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=label)
-    axes.set(xlabel=f"step of {sum(tokens) / len(rows):,.0f} tokens", ylabel="loss per supervised token", yscale="log",
-             xlim=(0, None))
-    axes.legend(loc="upper right")
-    right = axes.twinx()
-    right.plot(steps, rates, ":", color="tab:green")
-    right.set(ylabel="learning rate (dotted)", ylim=(0, None))
+    axes.set(ylabel="loss per supervised token", yscale="log", xlim=(0, None))
+    axes.legend()
+    below.plot(steps, rates, ":", color="tab:green")
+    below.set(xlabel=f"step of {sum(tokens) / len(rows):,.0f} tokens", ylabel="learning rate (dotted)", ylim=(0, None))
     if scored:
-        far = axes.twinx()
-        far.spines["right"].set_position(("axes", 1.12))
-        far.plot(*zip(*scored, strict=True), "s--", color="tab:purple", markersize=4)
-        far.set(ylabel="right answers (squares)", ylim=(0, 1))
+        right = below.twinx()
+        right.plot(*zip(*scored, strict=True), "s--", color="tab:purple", markersize=4)
+        right.set(ylabel="right answers (squares)", ylim=(0, 1.05))
+        right.yaxis.set_major_formatter("{x:.0%}")
     write(figure, out_dir / "loss.png")
 
 
