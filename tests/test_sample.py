@@ -241,6 +241,8 @@ def test_a_file_with_few_answers_is_scored_as_classification(tmp_path, monkeypat
           for a in answers] for p in prompts]))
     result = use(model, file=file, output=str(tmp_path / "a"))
     assert result == {"records": 10, "scored": 10, "exact": 0, "no_label": 10, "likelihood": 6, "majority": 6}
+    written = [json.loads(line)["likeliest label"] for line in (tmp_path / "a").read_text().splitlines()]
+    assert Counter(written) == {"cat": 7, "dog": 3}
     lines = capsys.readouterr().out.splitlines()
     first = next(i for i, line in enumerate(lines) if "at the top" in line) + 1
     assert [line.split() for line in lines[first:first + 5]] == [
