@@ -492,10 +492,11 @@ def samples_of(run):
                         "the data with --val_fraction=0.05, or leave it out")
     if by != "loss" and (is_text or not has_val):
         raise UserError(f"--best_by={by} needs validation records with answers; leave it at loss")
-    if by == "loss":  # a model from scratch is small, and its answers cost next to nothing
-        by = "exact" if run.base["name"] == "scratch" and has_val and not is_text else ""
+    count = run.config.best_examples
+    if by == "loss":  # a model from scratch is small: 32 answers at each evaluation take 2 % of the demo's time
+        by, count = "exact" if run.base["name"] == "scratch" and has_val and not is_text else "", min(32, count)
     return report.Samples(run.val if has_val else run.data, run.encoding, run.meta["stop"], by=by,
-                          scored=run.config.best_examples if by else 0)
+                          scored=count if by else 0)
 
 
 def save_is_due(config, state, saved, evaluated_now, total_steps):
