@@ -104,7 +104,8 @@ def fingerprints(segments, seed):
             prompt = marked[:index]
             break
         # a special token, a system prompt, or a greeting before the first question tells no record from others
-        if not supervised and not isinstance(text, Special) and not text.startswith(("assistant\n", "system\n")):
+        is_special = isinstance(text, Special) or not text.strip()
+        if not supervised and not is_special and not text.startswith(("assistant\n", "system\n")):
             asked = True
     share = hashlib.blake2b(f"{seed} {''.join(prompt)}".encode(), digest_size=8).digest()
     digest = hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()

@@ -40,7 +40,7 @@ MUTATIONS = {
     "part of the stop text shown": ('''(max(0, len(config.stop) - 1) if text == made else 0))''', '''0)'''),
     "rope pairs of a GGUF not neighbours": ('''.transpose(1, 2).reshape(weight.shape)''', '''.reshape(weight.shape)'''),
     "any state dict turned": ('''widths[1] == 3 * widths[0]:''', '''True:'''),
-    "texts split by their first token": ('''if not supervised and not isinstance(text, Special) and''', '''if not supervised and text is not EOT and'''),
+    "texts split by their first token": ('''isinstance(text, Special) or not text.strip()''', '''text is EOT'''),
     "time left without evaluations": ('''+ evaluation_seconds * evaluations''', ''''''),
     "another model's label": ('''[label.strip() for label in likeliest])''', '''[labels[0].strip() for label in likeliest])'''),
     "patience never ends": ('''state.waited = 0 if better else state.waited + 1''', '''state.waited = 0'''),

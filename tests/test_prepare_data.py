@@ -163,10 +163,14 @@ def test_few_different_answers_are_counted(prepare, capsys):
         assert said in out and ("different answers" in out) == bool(said)
 
 
-def test_texts_in_a_models_tokens_are_split_by_their_text(prepare, tmp_path):
-    """All begin with the same special token, which tells none from another."""
-    data = prepare([{"text": f"song {i}"} for i in range(60)], model=chat_model(tmp_path / "m"), encoding="",
-                   template="text", val_fraction=0.2, test_fraction=0.3)
+@pytest.mark.parametrize("template", ["text", "model"])
+def test_records_in_a_models_tokens_are_split_by_their_text_or_question(template, prepare, tmp_path):
+    """All begin with the same special token, or the same greeting, which tells none from another."""
+    records = {"text": [{"text": f"song {i}"} for i in range(60)], "model": [{"messages": [
+        {"role": role, "content": content} for role, content in (
+            ("assistant", "Hello!"), ("user", f"What is {i}?"), ("assistant", f"{i}."))]} for i in range(60)]}[template]
+    data = prepare(records, model=chat_model(tmp_path / "m"), encoding="", template=template, val_fraction=0.2,
+                   test_fraction=0.3)
     meta = load_meta(data)
     counts = [meta[split]["examples"] for split in ("train", "val", "test")]
     assert sum(counts) == 60 and all(6 <= count <= 40 for count in counts)
