@@ -595,7 +595,8 @@ def train(config, device):
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
                 alone = (state.elapsed - began - spent_evaluating) / (state.step - first_step)  # a step without these
                 left = seconds_left(state.step, total_steps, interval, alone, evaluation_seconds)
-                report.show_progress(row, total_steps, min(left, limit - state.elapsed), state.skipped)
+                left = max(min(left, limit - state.elapsed), evaluation_seconds)  # the last one comes in any case
+                report.show_progress(row, total_steps, left, state.skipped)
             # evaluation
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
             due = state.step % interval == 0 and affordable

@@ -17,17 +17,21 @@ def new_figure(**options):
 
 
 def write(figure, path):
-    """Writes a PNG. A disk that does not take it is no reason to end a run."""
+    """Writes a PNG; whether that worked. A disk that does not take it is no reason to end a run."""
     try:
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=120)
     except OSError as error:
         print(f"warning: no {path.name} ({error})")
+        return False
+    return True
 
 
 def plot_losses(out_dir):
     """loss.png from log.csv: both losses and the best step; below, the learning rate and the right answers."""
     figure = new_figure(figsize=(9, 6))
+    if not figure:
+        return
     try:
         rows = read_rows(out_dir / "log.csv")
         steps, losses, rates, tokens = ([float(row[name]) for row in rows]
@@ -36,7 +40,7 @@ def plot_losses(out_dir):
         scored = [(float(row["step"]), float(row["val_score"])) for row in rows if row.get("val_score")]
     except (ValueError, KeyError):  # somebody has edited the log
         return
-    if not figure or not rows:
+    if not rows:
         return
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     # every step's loss, thin, and over it the mean of windows of a fiftieth of the run
@@ -79,5 +83,5 @@ def plot_confusion(counts, labels, path):
     axes.set_xticks(ticks, names, rotation=45, ha="right")
     axes.set_yticks(ticks, names)
     axes.set(xlabel="likeliest label", ylabel="truth", title=f"{matrix.trace():,} of {matrix.sum():,} right")
-    write(figure, path)
-    print(f"drew {path}")
+    if write(figure, path):
+        print(f"drew {path}")

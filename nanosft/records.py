@@ -20,7 +20,7 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "human": "us
 CUT = "truncated_cells"  # the columns that the hub's viewer has cut in a row
 CALLS = ("tool_calls", "function_call")
 EXPECTED = ("expected instruction and output, question and answer, prompt and completion, messages, conversations or "
-            "text; for other columns give --prompt_format and --response_format")
+            "text; for other columns prepare_data.py has --prompt_format and --response_format")
 
 
 class Message(NamedTuple):

@@ -11,14 +11,14 @@ def label_set(references, named, loaded):
     they are few. [] where the file is no classification."""
     labels = sorted(set(references) - {None})
     if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
-        answers = [label.strip() for label in labels]
         spelling = {label.strip(): label for label in labels}
-        wording = loaded.spec["response_format"] or "{label}"
+        wording = loaded.spec and loaded.spec["response_format"] or "{label}"
         names = [name.strip() for name in named.split(",")]
         labels = [spelling.get(name) or fill(wording, dict.fromkeys(NAME.findall(wording), name), "labels")
                   for name in names]
-        if answers and set(answers).isdisjoint(names):
-            raise UserError(f"--labels: none of {named} is an answer of the file's, such as {answers[0]}; name classes")
+        if spelling and spelling.keys().isdisjoint(names):
+            raise UserError(f"--labels: none of {named} is an answer of the file's, such as {next(iter(spelling))}; "
+                            "name classes")
     longest = max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
     fits = longest < loaded.model.config.block_size  # with its stop
     if named and not fits:

@@ -57,7 +57,7 @@ def render(messages, spec):
     elif spec["template"] == "alpaca":
         if roles not in (["user"], ["user", "assistant"]):
             raise Unusable("the alpaca template holds one question and one answer",
-                           f"not {' + '.join(roles)}; --template=chat holds conversations")
+                           f"not {' + '.join(roles)}; prepare_data.py --template=chat holds conversations")
         segments = [(alpaca_prompt(first["content"], first.get("input", "")), False)]
     elif spec["template"] == "chat":
         return render_chat(messages)

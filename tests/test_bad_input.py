@@ -557,7 +557,7 @@ REMEDIES = [
      None, dict(text_encoding="cp1252")),
     (put("x.csv", b"text\ncaf\xe9\n"), PREPARE, dict(input="x.csv"), "save it as UTF-8",
      put("x.csv", "text\ncafé\n"), {}),
-    (put("x.csv", LABELS), PREPARE, dict(input="x.csv"), "give --prompt_format and --response_format",
+    (put("x.csv", LABELS), PREPARE, dict(input="x.csv"), "prepare_data.py has --prompt_format and --response_format",
      None, dict(prompt_format="{title}", response_format="{label}")),
     (put("x.csv", LABELS), PREPARE, dict(input="x.csv", prompt_format="{title}", response_format="{class}"),
      "--response_format names {class}; the columns are title, label", None, dict(response_format="{label}")),

@@ -282,6 +282,14 @@ def test_new_rows_get_a_label_and_may_be_in_another_encoding(tmp_path, capsys):
         use(model, file=labelled(tmp_path, cat=2, dog=2), labels="label", output=str(tmp_path / "a"))
 
 
+def test_a_model_without_a_template_classifies_too(tmp_path, gpt2_encoding):
+    tiny(block_size=64, vocab_size=50257).save_pretrained(tmp_path / "m")
+    write_lines(tmp_path / "new.jsonl", [{"question": "a or b?"}])
+    flags = dict(labels="a,b", output=str(tmp_path / "a"), max_new_tokens=2)
+    use(str(tmp_path / "m"), file=str(tmp_path / "new.jsonl"), **flags)
+    assert json.loads((tmp_path / "a").read_text())["likeliest label"] in ("a", "b")
+
+
 def test_a_plain_model_is_asked_in_a_trained_ones_words_if_its_ids_can_be_the_same(tmp_path, heard):
     trained, plain = saved(tmp_path / "trained", SPECS["alpaca"]), tmp_path / "plain"
     for vocab_size, can_be in ((257, True), (257 + 127, True), (257 + 128, False)):  # padded, or other tokens

@@ -307,6 +307,7 @@ def test_the_progress_line_tells_all_tokens_a_second_and_the_time_left(fit, tmp_
     fit(log_interval=1, eval_interval=1)  # the first evaluation tells what one costs: nothing
     lines = re.findall(r"^step (\d)/6 +(\d+) s left  loss .*  ([\d,]+) tok/s$", capsys.readouterr().out, re.M)
     speeds = [f"{tokens / 2:,.0f}" for tokens in column(tmp_path / "out", "tokens")]
+    assert len(lines) == 6 and lines[0][0] == "1" and int(lines[0][1]) >= 10 and lines[0][2] == speeds[0]
     assert lines[1:] == [(str(step), str(12 - 2 * step), speeds[step - 1]) for step in range(2, 7)]
 
 
@@ -461,7 +462,7 @@ def test_eight_examples_come_out_word_for_word(fit, tmp_path, data, capsys):
     score = sample.main(sample.SampleConfig(model=str(tmp_path / "out" / "last"), file=str(file), batch_size=3,
                                             output=str(tmp_path / "answers.jsonl"), device="cpu", dtype="float32"))
     assert score == {"records": 8, "scored": 8, "exact": 8}
-    assert capsys.readouterr().out.endswith(" 8 of 8 (100.0%)\n")
+    assert capsys.readouterr().out.endswith("exact match                     8 of 8 (100.0%)\n")
     answered = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert all(record["response"] == record["output"] for record in answered)
 
