@@ -12,7 +12,7 @@ import copy
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tiktoken
@@ -57,7 +57,7 @@ class SampleConfig:
     top_p: float = 1.0  # draw from the smallest set of tokens with this probability
     repetition_penalty: float = 1.0  # above 1: tokens that have been there become less likely
     stop: str = ""  # text that ends an answer, too, such as "\\n"
-    max_new_tokens: int = 256  # longest answer
+    max_new_tokens: int = 256  # longest answer in tokens; unless it is given, that to classify ends 4 after any label
     num_samples: int = 1  # answers to one prompt
     seed: int = 1337  # of the draws
     # machine
@@ -342,7 +342,8 @@ def answer_all(loaded, prompts, config):
                     answers[i].append(token)
         for i, token in zip(batch, step, strict=True):
             if token is not None:
-                cut["--max_new_tokens" if len(answers[i]) == config.max_new_tokens else "the context"] += 1
+                limit = f"--max_new_tokens={config.max_new_tokens}"
+                cut[limit if len(answers[i]) == config.max_new_tokens else "the context"] += 1
         done = start + len(batch)
         status(f"{done:,} of {len(order):,} answered", end=done == len(order))
     for limit, count in cut.items():
@@ -379,7 +380,10 @@ def answer_file(models, config):
             if len(models) > 1:
                 print(f"{loaded.name}:")
                 of = f" of {loaded.name}"
-            responses = answer_all(loaded, prompts, config)
+            limit = config.max_new_tokens
+            if labels and "max_new_tokens" not in config.given:
+                limit = min(limit, 4 + max(len(loaded.encoding.encode_ordinary(label)) for label in labels))
+            responses = answer_all(loaded, prompts, replace(config, max_new_tokens=limit))
             put(records, f"response{of}", responses)
             if labels:
                 likeliest = classify(loaded, prompts, labels)

@@ -2,6 +2,11 @@
 import torch
 
 
+def widened(x, buffer):
+    """`x`, or what it holds in a float32 buffer if it rests in 16 bits."""
+    return x if buffer is None or x.dtype == buffer.dtype else buffer[:len(x)].copy_(x)
+
+
 class AdamW:
     """AdamW (Loshchilov and Hutter 2019) that keeps a float32 master of every trainable parameter of 16 bits.
 
@@ -45,11 +50,10 @@ class AdamW:
         """One step with the gradients of the scaled loss, their norm limited to grad_clip (0: no limit), after which
         they are forgotten. Nothing changes where the loss or the norm is not finite. Returns the norm, a scalar on the
         device."""
-        # norms of slices: the one of a whole embedding is 0.3 % off on a CPU, and takes longer
-        norms = [torch.linalg.vector_norm(part, dtype=self.masters[name].dtype)
-                 for name, p in self.parameters.items() if p.grad is not None
-                 for part in p.grad.view(-1).split(self.slice_size)]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) / self.loss_scale
+        # a sum of squares for each slice: over a whole embedding it is 0.3 % off on a CPU; vector_norm takes longer
+        parts = (widened(part, self.buffers[0]) for p in self.parameters.values() if p.grad is not None
+                 for part in p.grad.view(-1).split(self.slice_size))
+        norm = torch.stack([torch.dot(part, part) for part in parts]).sum().sqrt() / self.loss_scale
         skipped = ~(norm + loss).isfinite()
         scale = (grad_clip / (norm + 1e-6)).clamp(max=1) if grad_clip else torch.ones_like(norm)
         scale, found_inf = scale / self.loss_scale, skipped.float()
@@ -69,9 +73,7 @@ class AdamW:
         tensors = self.masters[name], parameter.grad, self.means[name], self.squares[name], parameter.data
         slices = [tensor.view(-1).split(self.slice_size) for tensor in tensors]
         for master, grad, mean, square, weight in zip(*slices, strict=True):
-            # what rests in 16 bits is float32 in a buffer for the time of the step
-            wide = [x if x.dtype == master.dtype else buffer[:len(x)].copy_(x)
-                    for x, buffer in zip((grad, mean, square), self.buffers, strict=True)]
+            wide = list(map(widened, (grad, mean, square), self.buffers))
             torch._fused_adamw_(
                 [master], [wide[0].mul_(scale)], [wide[1]], [wide[2]], [], [self.steps], lr=learning_rate,
                 beta1=self.betas[0], beta2=self.betas[1], eps=1e-8, amsgrad=False, maximize=False,

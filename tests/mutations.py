@@ -75,7 +75,7 @@ MUTATIONS = {
     "low-memory moments not written back": ('''mean.copy_(wide[1])''', '''pass'''),
     "biases decay": ('''self.weight_decay if parameter.dim() >= 2 else 0.0''', '''self.weight_decay'''),
     "clipping left out": ('''.clamp(max=1) if grad_clip''', '''.clamp(min=1, max=1) if grad_clip'''),
-    "norm summed in the gradients' dtype": ('''torch.linalg.vector_norm(part, dtype=self.masters[name].dtype)''', '''torch.linalg.vector_norm(part)'''),
+    "norm summed in the gradients' dtype": ('''torch.dot(part, part)''', '''torch.dot(part.bfloat16(), part.bfloat16()).float()'''),
     "resume forgets the moments": ('''for kind in ("masters", "means", "squares"):''', '''for kind in ("masters",):'''),
     "resume leaves old weights": ('''parameter.copy_(self.masters[name])''', '''pass'''),
     # training

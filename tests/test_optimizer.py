@@ -58,7 +58,8 @@ def test_masters_follow_torchs_adamw_and_parameters_are_the_rounded_masters(dtyp
     for step in range(6):
         for name, gradient in give_gradients(ours, step, size=0.01 if step % 2 else 1e-4).items():
             theirs[name].grad = gradient
-        expected = torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
+        expected = torch.cat([p.grad.double().flatten() for p in theirs.values()]).norm()  # theirs is 1e-5 off
+        torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)
         assert (expected > 1) == step % 2
         norm = ours.step(1e-2 / (step + 1), torch.ones(()), 1.0)
         for group in reference.param_groups:

@@ -126,7 +126,7 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
     flags = dict(batch_size=1, output=str(tmp_path / "a"))
     use(model, file=str(write_lines(tmp_path / "r.jsonl", [{"question": "a"}, {"question": "bc"}])), **flags)
     assert [line for line in capsys.readouterr().out.splitlines() if " cut " in line] == [
-        "1 of 2 answers were cut by --max_new_tokens", "1 of 2 answers were cut by the context"]
+        "1 of 2 answers were cut by --max_new_tokens=7", "1 of 2 answers were cut by the context"]
 
 
 def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard):
@@ -280,6 +280,13 @@ def test_new_rows_get_a_label_and_may_be_in_another_encoding(tmp_path, capsys):
     assert all(record["likeliest label"] in ("cat", "dog") for record in records)
     with pytest.raises(UserError, match="--labels: none of label is an answer of the file's, such as cat; name"):
         use(model, file=labelled(tmp_path, cat=2, dog=2), labels="label", output=str(tmp_path / "a"))
+
+
+def test_an_answer_that_is_to_name_a_class_ends_soon_after_any_of_them_unless_told_otherwise(tmp_path, capsys):
+    model, flags = saved(tmp_path / "m", SPECS["two"]), dict(file=labelled(tmp_path, cat=3, bird=3))
+    for said, longest in (({}, 8), ({"max_new_tokens": 9}, 9)):  # "bird" has four bytes
+        sample.main(SampleConfig(model=model, device="cpu", dtype="float32", output=str(tmp_path / "a"), **flags, **said))
+        assert f"6 of 6 answers were cut by --max_new_tokens={longest}" in capsys.readouterr().out
 
 
 def test_a_model_without_a_template_classifies_too(tmp_path, gpt2_encoding):
