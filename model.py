@@ -81,7 +81,7 @@ class Packing(NamedTuple):
         """(N, C) -> (B, T, C), zeros where no token stands."""
         B, T = self.shape
         if self.index is not None:
-            x = x.new_zeros(B * T, x.size(-1)).index_copy(0, self.index, x)
+            x = x.new_zeros(B * T, x.size(-1)).index_put_((self.index,), x)  # index_copy keeps x for backward
         return x.view(B, T, -1)
 
     def unpad(self, x):
@@ -253,6 +253,11 @@ def norm(config):
     return (RMSNorm if config.rms_norm else nn.LayerNorm)(config.n_embd, config.norm_eps)
 
 
+def embedding(count, width):
+    """An nn.Embedding without its own initial values: random ones on the meta device import torch's compiler, 1.6 s."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width), freeze=False)
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -304,12 +309,12 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.gradient_checkpointing = config, False
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = None if config.rope_theta else nn.Embedding(config.block_size, config.n_embd)
+        self.wte = embedding(config.vocab_size, config.n_embd)
+        self.wpe = None if config.rope_theta else embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = norm(config)
         self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
+        for name, parameter in [] if self.wte.weight.is_meta else self.named_parameters():
             if name.endswith("c_proj.weight"):  # there are 2 n_layer of them on the residual path
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:

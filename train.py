@@ -310,8 +310,9 @@ def warm_up(run, device):
     longest = np.argsort(-data.lengths, kind="stable")[:run.config.batch_size]
     while True:
         batches = data.batches(longest, max_tokens)
-        if len(batches) > 1:  # the longest and the fullest, whose gradients add up
-            batches = [batches[0], max(batches, key=lambda batch: len(batch[0]))]
+        if len(batches) > 1:  # the longest and the fullest, whose gradients add up; LoRA has next to none
+            fullest = max(batches, key=lambda batch: len(batch[0]))
+            batches = [fullest] if fullest is batches[0] and run.config.lora_rank else [batches[0], fullest]
         try:
             seconds = []
             # the first pass compiles, makes kernels and touches new memory; without a compiler a slow one tells enough
@@ -356,7 +357,8 @@ def evaluating(model):
     """Within it there is no dropout and no gradient, and a compiled model runs eager: it would be compiled anew for
     every shape."""
     model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    is_compiled = model.h[0]._compiled_call_impl is not None  # else the compiler's import, 1.6 s, is spared
+    with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
         yield
     model.train()
 

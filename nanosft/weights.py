@@ -170,8 +170,9 @@ def lay(state):
     widths = getattr(state.get("h.0.attn.c_attn.weight"), "shape", ())
     if len(widths) == 2 and widths[1] == 3 * widths[0]:
         for name in filter(TRANSPOSED.search, state):
-            if state[name].dim() == 2:
-                state[name] = state[name].t().contiguous()
+            if state[name].dim() == 2:  # in its own memory: freed pieces would be too small for the next one
+                transposed = state[name].t().contiguous()
+                state[name] = state[name].view_as(transposed).copy_(transposed)
     elif not any(name.endswith("c_attn.bias") for name in state):
         for name in list(filter(BIASED.search, state)):
             state.setdefault(name.removesuffix("weight") + "bias", state[name].new_zeros(state[name].shape[:1]))

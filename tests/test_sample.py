@@ -283,9 +283,9 @@ def test_new_rows_get_a_label_and_may_be_in_another_encoding(tmp_path, capsys):
 
 
 def test_an_answer_that_is_to_name_a_class_ends_soon_after_any_of_them_unless_told_otherwise(tmp_path, capsys):
-    model, flags = saved(tmp_path / "m", SPECS["two"]), dict(file=labelled(tmp_path, cat=3, bird=3))
+    model, file = saved(tmp_path / "m", SPECS["two"]), labelled(tmp_path, cat=3, bird=3)
     for said, longest in (({}, 8), ({"max_new_tokens": 9}, 9)):  # "bird" has four bytes
-        sample.main(SampleConfig(model=model, device="cpu", dtype="float32", output=str(tmp_path / "a"), **flags, **said))
+        sample.main(SampleConfig(model=model, file=file, device="cpu", output=str(tmp_path / "a"), **said))
         assert f"6 of 6 answers were cut by --max_new_tokens={longest}" in capsys.readouterr().out
 
 
