@@ -95,6 +95,8 @@ MUTATIONS = {
     "resume repeats a step": ('''    save_checkpoint(Path(run''', '''    state["step"] -= 1\n    save_checkpoint(Path(run'''),
     "resume with other data": ('''if values and values["data"] != meta["checksum"]:''', '''if False:'''),
     "end-of-text the last id of the vocabulary": ('''model.config.eos_token_id = meta["stop"]''', '''model.config.eos_token_id = model.config.vocab_size - 1'''),
+    "the grid keeps its source": ('''.index_put_((self.index,), x)''', '''.index_copy(0, self.index, x)'''),
+    "the compiler is imported for nothing": ('''if is_compiled else''', '''if True else'''),
     "evaluation runs compiled": ('''torch.compiler.set_stance("force_eager")''', '''torch.compiler.set_stance("default")'''),
     "gradients left by the warm-up": ('''            run.state.optimizer.zero_grad()''', '''            pass'''),
     "two runs in one directory": ('''            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)''', '''            pass'''),

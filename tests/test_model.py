@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 import model as model_module
 import train
-from model import GPT, IGNORE_INDEX, GPTConfig
+from model import GPT, IGNORE_INDEX, GPTConfig, Packing
 from nanosft.console import UserError
 from nanosft.shards import Shards, load_meta
 from nanosft.weights import SIZES
@@ -224,6 +224,16 @@ def test_compiled_blocks_take_every_shape_in_one_graph(device, family, monkeypat
             model(*torch.zeros(2, sum(lengths), dtype=torch.int64), lengths).backward()
         assert weight.grad.shape == weight.shape and weight.grad.dtype == dtype
         stance = "fail_on_recompile"
+
+
+def test_what_is_laid_in_the_grid_is_not_kept_for_backward():
+    x, kept = torch.randn(5, 4, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        grid = Packing.of([3, 2], "cpu").pad(x)
+    assert torch.equal(grid[1, :2], x[3:]) and not grid[1, 2].any()
+    assert not any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
+    grid[1, 1].sum().backward()
+    assert torch.equal(x.grad, torch.eye(5)[4][:, None].expand(5, 4))
 
 
 class NoFloat64(TorchDispatchMode):

@@ -225,6 +225,16 @@ def test_only_training_runs_compiled_and_where_that_fails_all_runs_eager(fit, mo
     assert "torch.compile does not work here (IndexError); going on without it" in capsys.readouterr().out
 
 
+def test_on_a_cpu_nothing_imports_the_compiler(data, tmp_path):
+    """It takes longer than torch itself."""
+    tiny(block_size=128).save_pretrained(tmp_path / "base")
+    flags = dict(data_dir=str(data), init_from=str(tmp_path / "base"), out_dir=str(tmp_path / "out"), device="cpu")
+    code = (f"import sys, train; train.main(train.TrainConfig(**{flags}, max_steps=1)); "
+            "print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False"
+
+
 def test_what_does_not_fit_into_memory_is_halved_before_the_first_step(fit, tmp_path, monkeypatch, capsys):
     """Nothing is left of the attempt: the run equals one that began with half the tokens."""
     flags, real, calls = dict(batch_size=8, eval_interval=0), train.accumulate, []
