@@ -216,11 +216,11 @@ def before(text, stop):
     return text.partition(stop)[0] if stop else text
 
 
-def stream(loaded, prompt, config):
-    """Prints the answer to one prompt as it is made, whole characters only; returns its text."""
+def stream(loaded, prompt, config, opening=""):
+    """Prints the answer to one prompt as it is made, after `opening`, whole characters only; returns its text."""
     if len(names_of(config.model)) > 1:
         print(f"{loaded.name}: ", end="")
-    print(config.answer, end="", flush=True)
+    print(opening + config.answer, end="", flush=True)
     decoder, made, shown, token = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", 0, None
     answer, count = loaded.encoding.encode_ordinary(config.answer), 0
     for (token,) in loaded.generate([prompt + answer], config):
@@ -433,8 +433,11 @@ def main(config):
         return chat(models, config)
     for loaded in models:
         ids = loaded.prompt_ids(prompt_messages(prompt, config, loaded.spec))
-        for _ in range(config.num_samples):
-            answers.append(stream(loaded, ids, config))
+        opening = prompt if loaded.spec and loaded.spec["template"] == "text" else ""  # a text is shown whole
+        for number in range(1, config.num_samples + 1):
+            if config.num_samples > 1:
+                print(f"--- {number} of {config.num_samples} ---")
+            answers.append(stream(loaded, ids, config, opening))
     return answers
 
 

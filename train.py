@@ -172,6 +172,9 @@ def steps_at_first(run, seconds, step_seconds):
     steps = max(steps_in_time(run.steps, run.state.step, seconds, step_seconds), min(1, run.steps))
     if steps < run.steps:
         print(f"about {steps:,} of the {run.steps:,} steps fit into --max_minutes={run.config.max_minutes:g}")
+    if run.config.warmup_steps >= steps > 0:
+        print(f"warning: --warmup_steps={run.config.warmup_steps} is the whole run: the learning rate will not reach "
+              f"{run.learning_rate:g}")
     return steps
 
 

@@ -295,5 +295,5 @@ def locate(name_or_path):
     if not path.is_file() or path.suffix not in (".safetensors", *PICKLES) and path.name != INDEX:
         raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, a name owner/name on the hub, or the "
                         "path of a Hugging Face directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an "
-                        "out_dir of train.py")
+                        "out_dir of train.py, once that has run")
     return path

@@ -129,12 +129,15 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
         "1 of 2 answers were cut by --max_new_tokens=7", "1 of 2 answers were cut by the context"]
 
 
-def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard):
+def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard, capsys):
     model = saved(tmp_path / "a, b", SPECS["text"])  # a comma in a path is no second model
     assert len(use(model, num_samples=2)) == 2
     (tmp_path / "prompt.txt").write_text("la\nla\n")
-    use(model, prompt_file=str(tmp_path / "prompt.txt"))
-    assert heard.prompts == [[STOP], [STOP], [STOP, *b"la\nla"]]
+    capsys.readouterr()
+    heard.replies = [[*b" lo", STOP], [*b" lu", STOP]]
+    assert use(model, prompt_file=str(tmp_path / "prompt.txt"), num_samples=2) == [" lo", " lu"]
+    assert capsys.readouterr().out == "--- 1 of 2 ---\nla\nla lo\n--- 2 of 2 ---\nla\nla lu\n"
+    assert heard.prompts == [[STOP], [STOP], [STOP, *b"la\nla"], [STOP, *b"la\nla"]]
 
 
 PAIR = {"template": "alpaca", "prompt_format": "{prompt}", "response_format": "{completion}"}

@@ -302,6 +302,13 @@ def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, c
     assert fit("short", resume=True, max_minutes=1).step in range(54, 61)
 
 
+def test_a_warm_up_that_never_ends_is_said(fit, capsys):
+    for steps, said in ((6, False), (7, True)):  # of 6
+        fit(str(steps), warmup_steps=steps - 1, learning_rate=1e-3, max_steps=6)
+        warning = f"warning: --warmup_steps={steps - 1} is the whole run: the learning rate will not reach 0.001\n"
+        assert (warning in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("eval_interval, expected", [(0, [20, 40, 50]), (3, [6, 12, 18, 24, 30, 36, 42, 48, 50])])
 def test_a_run_is_saved_with_evaluations_after_two_minutes_and_every_ten(eval_interval, expected, fit, clock,
                                                                          monkeypatch):
