@@ -198,7 +198,7 @@ def read_pretrained(path, dtype):
         if name in state:
             raise UserError(f"{path} holds {name} twice, under different prefixes; download or write it again")
         if not MASKS.fullmatch(name):
-            state[name] = tensor.to(dtype).contiguous()
+            state[name] = tensor.to(dtype, copy=path.suffix in PICKLES).contiguous()  # there several may share memory
     if family == "gpt2":
         lay(state)
     values = values or config_from(state, path)

@@ -362,3 +362,13 @@ def test_options_of_pefts_that_we_do_not_have_are_refused_by_name(options, name,
     peft_model(tmp_path / "base", **options).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match=f"the adapter's option {name}"):
         GPT.from_pretrained(tmp_path / "adapter")
+
+
+def test_layers_that_share_memory_in_a_file_are_each_transposed_once(tmp_path):
+    tiny(n_layer=2).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    first, second = (next(name for name in state if name.endswith(f"h.{i}.mlp.c_fc.weight")) for i in (0, 1))
+    torch.save(state | {second: state[first]}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    weights = [block.mlp.c_fc.weight for block in GPT.from_pretrained(tmp_path).h[:2]]
+    assert all(torch.equal(weight, state[first].t()) for weight in weights)
