@@ -314,7 +314,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = norm(config)
         self.lm_head = None if config.tied_head else nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        for name, parameter in [] if self.wte.weight.is_meta else self.named_parameters():
+        if self.wte.weight.is_meta:  # a file will fill it
+            return
+        for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # there are 2 n_layer of them on the residual path
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
             elif parameter.dim() == 2:

@@ -27,7 +27,7 @@ from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.records import NAME, Message, take, text_of, to_messages
-from nanosft.score import classify, label_set, score, summary
+from nanosft.score import classify, label_set, longest_of, score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import kind_of, open_text, read_records
 from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token, title_of
@@ -382,7 +382,7 @@ def answer_file(models, config):
                 of = f" of {loaded.name}"
             limit = config.max_new_tokens
             if labels and "max_new_tokens" not in config.given:
-                limit = min(limit, 4 + max(len(loaded.encoding.encode_ordinary(label)) for label in labels))
+                limit = min(limit, 4 + longest_of(labels, loaded))
             responses = answer_all(loaded, prompts, replace(config, max_new_tokens=limit))
             put(records, f"response{of}", responses)
             if labels:

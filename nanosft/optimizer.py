@@ -50,7 +50,7 @@ class AdamW:
         """One step with the gradients of the scaled loss, their norm limited to grad_clip (0: no limit), after which
         they are forgotten. Nothing changes where the loss or the norm is not finite. Returns the norm, a scalar on the
         device."""
-        # a sum of squares for each slice: over a whole embedding it is 0.3 % off on a CPU; vector_norm takes longer
+        # in slices: torch's norm of a whole embedding is 0.3 % off on a CPU; and by dot, which is quicker than a norm
         parts = (widened(part, self.buffers[0]) for p in self.parameters.values() if p.grad is not None
                  for part in p.grad.view(-1).split(self.slice_size))
         norm = torch.stack([torch.dot(part, part) for part in parts]).sum().sqrt() / self.loss_scale

@@ -6,6 +6,11 @@ from nanosft.pictures import plot_confusion
 from nanosft.records import NAME, fill
 
 
+def longest_of(labels, loaded):
+    """How many tokens the longest label has; 0 without labels."""
+    return max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
+
+
 def label_set(references, named, loaded):
     """The classes that answers come from, as they are rendered: those `named`, with commas, or the references, where
     they are few. [] where the file is no classification."""
@@ -19,7 +24,7 @@ def label_set(references, named, loaded):
         if spelling and spelling.keys().isdisjoint(names):
             raise UserError(f"--labels: none of {named} is an answer of the file's, such as {next(iter(spelling))}; "
                             "name classes")
-    longest = max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
+    longest = longest_of(labels, loaded)
     fits = longest < loaded.model.config.block_size  # with its stop
     if named and not fits:
         raise UserError(f"--labels: one has {longest:,} tokens, more than the context: give short ones")
