@@ -1,15 +1,15 @@
-"""Instruction records in any common format -> token shards on disk, ready for train.py.
+"""Instruction records in any common format -> token shards, ready for train.py.
 
-    python prepare_data.py                                  # the bundled demo, byte-level, nothing to download
-    python prepare_data.py --input=instruction-data.json    # your records, GPT-2's encoding
-    python prepare_data.py --input=chats.jsonl --model=HuggingFaceTB/SmolLM2-135M-Instruct  # a model's own tokens
+    python prepare_data.py                                       # the demo
+    python prepare_data.py --input=mine.json                     # for GPT-2
+    python prepare_data.py --input=mine.json --model=owner/name  # for others
 
 A record is one of (its keys tell which):
-    {"instruction": ..., "input": optional, "output": ...}      Alpaca; Dolly; question and answer; query and response
-    {"prompt": ..., "completion" or "response": ...}            rendered as it is
-    {"messages": [{"role": "user", "content": ...}, ...]}       chat; ShareGPT's conversations of from and value
-    {"text": ...}                                               plain text, every token is learned
-    any columns, with --prompt_format="Title: {title}\\nCategory:" --response_format=" {category}"
+    {"instruction": ..., "input": optional, "output": ...}  Alpaca, Dolly, Q & A
+    {"prompt": ..., "completion" or "response": ...}        rendered as it is
+    {"messages": [{"role": ..., "content": ...}, ...]}      chat, ShareGPT
+    {"text": ...}                                           all of it is learned
+    any columns: --prompt_format="{title}\\nIt is" --response_format=" {kind}"
 """
 import contextlib
 import gc

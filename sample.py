@@ -1,10 +1,10 @@
-"""Uses a trained model: answers a prompt, chats, answers and scores a file of records, or exports.
+"""Uses a trained model: answers a prompt, chats, scores a file, or exports.
 
-    python sample.py                                          # chat with the model in out/
-    python sample.py --prompt="Name three colours."           # one answer
-    python sample.py --file=data/instruction-data/test.jsonl  # answer the held-out records and count exact matches
-    python sample.py --model=gpt2,out --file=...              # before against after, side by side
-    python sample.py --export=my-model                        # plain weights and tokenizer for transformers
+    python sample.py                                 # chat with out/
+    python sample.py --prompt="Name three colours."  # one answer
+    python sample.py --file=data/mine/test.jsonl     # answer and score records
+    python sample.py --model=gpt2,out --file=...     # two models side by side
+    python sample.py --export=my-model               # for transformers
 """
 import codecs
 import contextlib

@@ -1,12 +1,13 @@
 """Trains a GPT-2 or a Llama on the shards that prepare_data.py wrote.
 
-    python train.py                                                           # the demo: a small GPT from scratch
-    python train.py --data_dir=data/instruction-data --init_from=gpt2-medium  # fine-tune OpenAI's weights
-    python train.py --resume                                                  # go on where a run in out/ was stopped
-    torchrun --standalone --nproc_per_node=2 train.py                         # on two GPUs, or two CPU processes
+    python train.py                                        # the demo
+    python train.py --data_dir=data/mine --init_from=gpt2  # GPT-2's weights
+    python train.py --resume                               # go on with a run
+    torchrun --standalone --nproc_per_node=2 train.py      # on two GPUs
 
-A step is a pure function of (data, seed, step): its examples, cut into micro-batches that fit the memory; the sum of
-their losses, divided once by the number of supervised tokens in the whole step.
+A step is a pure function of (data, seed, step): its examples, in micro-batches
+that fit the memory; the sum of their losses, divided once by the number of
+supervised tokens in the whole step.
 """
 import contextlib
 import dataclasses
@@ -485,7 +486,7 @@ def begin(run, samples):
         row for row in report.read_rows(out_dir / "log.csv") if row["step"] <= run.state.step])
     if run.state.step == 0:
         with evaluating(run.model):
-            samples.show(run.model, "before training")
+            samples.show(run.model, "before training", longest=16)  # tokens: the first step waits for them
     return track
 
 

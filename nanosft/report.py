@@ -133,12 +133,12 @@ class Samples:
                     answer.append(token)
         return answers
 
-    def show(self, model, heading):
-        """Prints the first answers, each cut at the length of the longest right one plus a little."""
+    def show(self, model, heading, longest=64):
+        """Prints the first answers, each cut at the length of the longest right one plus a little, or at `longest`."""
         status("")
         print(f"  {heading}:")
         count = len(self.titles)
-        answers = self.answer(model, self.prompts[:count], min(64, max(map(len, self.answers[:count])) + 4))
+        answers = self.answer(model, self.prompts[:count], min(longest, max(map(len, self.answers[:count])) + 4))
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
             text = self.encoding.decode([token for token in answer if token != self.stop])
             mark = "  (exact)" if answer == right else ""
