@@ -7,7 +7,6 @@ Matrices are stored as nn.Linear has them, (out, in). All parameters rest in one
 
 Shapes: B sequences of up to T tokens; N tokens of several sequences packed end to end; C = n_embd.
 """
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -112,10 +111,10 @@ def rotary_speeds(config, device=None):
     return speeds
 
 
-def rotary(config, position_ids):
-    """Cosines and sines of the angles at these positions, (N, 1, head_dim / 2) each, float32."""
-    angles = position_ids[:, None, None] * rotary_speeds(config, position_ids.device)
-    return angles.cos(), angles.sin()
+def rotary(config, position_ids, dtype):
+    """Cosines and sines of the angles at these positions, (N, 1, head_dim / 2) each."""
+    angles = position_ids[:, None, None] * rotary_speeds(config, position_ids.device)  # float32
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -137,21 +136,15 @@ def attention(q, k, v, mask, dropout):
     # Written out: on short examples torch's CPU kernel takes up to twice as long. The queries go in pieces of 128, each
     # of which meets only the keys up to its own end. Those that share a key stand below each other.
     k, v = (x.reshape(-1, T, head_dim) for x in (k, v))  # (B * n_kv_head, T, head_dim)
-    q, bias, pieces = q.reshape(len(k), shared, T, head_dim), causal_bias(T, q.dtype), []
+    q, pieces = q.reshape(len(k), shared, T, head_dim), []
     for start in range(0, T, 128):
         stop = min(start + 128, T)
         piece = q[:, :, start:stop].reshape(len(k), -1, head_dim)
-        scores = torch.baddbmm(bias[start:stop, :stop].repeat(shared, 1), piece, k[:, :stop].transpose(1, 2),
-                               alpha=1 / math.sqrt(head_dim))
+        bias = torch.full((stop - start, stop), -math.inf, dtype=q.dtype).triu(start + 1).repeat(shared, 1)  # causal
+        scores = torch.baddbmm(bias, piece, k[:, :stop].transpose(1, 2), alpha=1 / math.sqrt(head_dim))
         weights = F.dropout(scores.softmax(-1), dropout)  # (B * n_kv_head, shared * (stop - start), stop)
         pieces.append(torch.bmm(weights, v[:, :stop]).view(len(k), shared, -1, head_dim))
     return torch.cat(pieces, 2).view(B, n_head, T, head_dim)
-
-
-@functools.lru_cache(maxsize=8)
-def causal_bias(T, dtype):
-    """(T, T), -inf where a query would see a later key, else 0."""
-    return torch.full((T, T), -math.inf, dtype=dtype).triu(1)
 
 
 def varlen_attention(q, k, v, cu_seqlens, longest):
@@ -288,18 +281,6 @@ class LoraLinear(nn.Linear):
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (N, rank)
         return torch.addmm(super().forward(x), low, self.lora_B.t(), alpha=self.scale)
 
-    def merged(self):
-        """A plain Linear with the update added to its weights, in their dtype."""
-        weight = self.weight + self.scale * self.lora_B @ self.lora_A
-        linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight, linear.bias = nn.Parameter(weight.detach()), self.bias
-        return linear
-
-
-def at_least_float32(x):
-    """`x` in float32, or as it is where it is float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 
 # ---- the model ------------------------------------------------------------------------------------------------------
 
@@ -330,8 +311,7 @@ class GPT(nn.Module):
         if self.wpe:
             x = x + self.wpe(packing.position_ids)
         else:
-            cos_and_sin = rotary(self.config, packing.position_ids)
-            packing = packing._replace(rotary=tuple(part.to(x.dtype) for part in cos_and_sin))
+            packing = packing._replace(rotary=rotary(self.config, packing.position_ids, x.dtype))
         x = F.dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.h):
             if self.gradient_checkpointing and self.training:
@@ -341,7 +321,7 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, x):
-        """(N, C) -> (N, vocab_size), in the dtype of x.
+        """(N, C) -> (N, vocab_size), in float32 or, as x, float64.
 
         GPT-2's logits lie around -100, where bfloat16 counts in halves. With 16-bit x they are therefore computed about
         a mean of zero, as x W^T - x·mean_row: a shift that softmax does not see, and rounding does.
@@ -349,7 +329,7 @@ class GPT(nn.Module):
         weight = self.lm_head.weight if self.lm_head else self.wte.weight
         if x.dtype.itemsize > 2:
             return F.linear(x, weight)
-        return torch.addmm(-self.shift(x).to(x.dtype), x, weight.t())
+        return torch.addmm(-self.shift(x).to(x.dtype), x, weight.t()).float()
 
     def shift(self, x):
         """x·mean_row of `logits`, (N, 1), float32. Its gradient takes the mean out of backward, too."""
@@ -357,13 +337,13 @@ class GPT(nn.Module):
         sample = weight.detach()[::max(1, len(weight) // 512)]
         return (x.float() @ sample.mean(0, dtype=torch.float32))[:, None]
 
-    def forward(self, idx, targets=None, lengths=None, reduction="sum"):
+    def forward(self, idx, targets=None, lengths=None):
         """Logits or, with `targets`, the sum (not the mean) of the losses of all targets that are not IGNORE_INDEX.
 
         idx: int64 token ids, (B, T); or (N,) with `lengths`: sequences of these lengths end to end, each of which sees
         only itself. targets: the id that follows each token, in idx's shape; best left on the CPU.
-        Returns logits of idx's shape + (vocab_size,), shifted as `logits` says; or the loss, a scalar; or, with
-        reduction="none", the loss of each target that is not IGNORE_INDEX, in order. float32, or the model's float64.
+        Returns logits of idx's shape + (vocab_size,), shifted as `logits` says, or the loss, a scalar; float32, or the
+        model's float64.
         """
         device = self.wte.weight.device
         if lengths is None:
@@ -378,25 +358,23 @@ class GPT(nn.Module):
         packing = Packing.of(lengths, device, varlen, multiple=1 if targets is None else 32)
         x = self.hidden(to_device(idx.flatten(), device), packing)  # (N, C)
         if targets is None:
-            return at_least_float32(self.logits(x)).view(*idx.shape, -1)
+            return self.logits(x).view(*idx.shape, -1)
         # the head sees the supervised tokens alone, and as many others as round them up
         ignored = targets == IGNORE_INDEX
         supervised = len(targets) - int(ignored.sum())
         rows = ignored.byte().argsort(stable=True)[:-(-supervised // 32) * 32]
-        loss = self.loss(x.index_select(0, to_device(rows, device)), to_device(targets[rows], device), reduction)
-        return loss[:supervised] if reduction == "none" else loss
+        return self.loss(x.index_select(0, to_device(rows, device)), to_device(targets[rows], device))
 
-    def loss(self, x, targets, reduction, slice_rows=512):
-        """The cross-entropy of (N, C) against (N,), a slice of rows at a time: all logits of a long text would not fit
-        into memory, so those of several slices are computed anew in backward."""
+    def loss(self, x, targets, slice_rows=512):
+        """The summed cross-entropy of (N, C) against (N,), a slice of rows at a time: all logits of a long text would
+        not fit into memory, so those of several slices are computed anew in backward."""
         def slice_loss(x, targets):
-            return F.cross_entropy(at_least_float32(self.logits(x)), targets, reduction=reduction)
+            return F.cross_entropy(self.logits(x), targets, reduction="sum")
 
         if len(x) <= slice_rows:
             return slice_loss(x, targets)
-        losses = [checkpoint(slice_loss, *part, use_reentrant=False)
-                  for part in zip(x.split(slice_rows), targets.split(slice_rows), strict=True)]
-        return torch.stack(losses).sum() if reduction == "sum" else torch.cat(losses)
+        parts = zip(x.split(slice_rows), targets.split(slice_rows), strict=True)
+        return sum(checkpoint(slice_loss, *part, use_reentrant=False) for part in parts)
 
     # ---- generation ----
 
@@ -439,7 +417,7 @@ class GPT(nn.Module):
             for row, prompt in zip(seen, prompts, strict=True):
                 row[prompt] = True
         for step in range(max_new_tokens):
-            logits = at_least_float32(self.logits(x)[:, :n_vocab])
+            logits = self.logits(x)[:, :n_vocab]
             if repetition_penalty != 1:
                 if x.dtype.itemsize == 2:
                     logits = logits + self.shift(x)
@@ -463,8 +441,12 @@ class GPT(nn.Module):
     @torch.inference_mode()
     def log_likelihood(self, prompts, answers):
         """The log-probability of each of `answers` after each of `prompts`, lists of ids: (len(prompts), len(answers)),
-        float32, summed over an answer's tokens. Every prompt is read once."""
-        x, cache, lengths = self.prefill(prompts, max(map(len, answers)))
+        float32, summed over an answer's tokens. Every prompt is read once; one that leaves no place for the longest
+        answer loses its beginning."""
+        longest = max(map(len, answers))
+        assert longest <= self.config.block_size, f"an answer of {longest} tokens exceeds the context"
+        prompts = [prompt[longest - self.config.block_size - 1:] for prompt in prompts]
+        x, cache, lengths = self.prefill(prompts, longest)
         ids = nn.utils.rnn.pad_sequence([torch.tensor(answer) for answer in answers], True, padding_value=-1)
         ids = ids.repeat(len(prompts), 1).to(x.device)  # (pairs, longest answer): a row for every prompt and answer
         pairs = torch.arange(len(prompts)).repeat_interleave(len(answers))
@@ -473,7 +455,7 @@ class GPT(nn.Module):
         for step, token in enumerate(ids.unbind(1)):
             if step > 0:
                 x, lengths = self.decode(ids[:, step - 1].clamp(min=0), cache, lengths), lengths + 1
-            log_probabilities = at_least_float32(self.logits(x)).log_softmax(-1)
+            log_probabilities = self.logits(x).log_softmax(-1)
             total += log_probabilities.gather(1, token.clamp(min=0)[:, None]).squeeze(1) * (token >= 0)
         return total.view(len(prompts), len(answers))
 
@@ -496,10 +478,13 @@ class GPT(nn.Module):
         return self
 
     def merge_lora(self):
-        """Turns LoRA's updates, where there are any, into plain weights."""
+        """Adds LoRA's updates, where there are any, to the weights, in their dtype."""
         for name, module in list(self.named_modules()):
             if isinstance(module, LoraLinear):
-                self.set_submodule(name, module.merged())
+                weight = module.weight + module.scale * module.lora_B @ module.lora_A
+                linear = nn.Linear(module.in_features, module.out_features, device="meta")
+                linear.weight, linear.bias = nn.Parameter(weight.detach()), module.bias
+                self.set_submodule(name, linear)
         return self.requires_grad_(True)
 
     def save_adapter(self, directory, base, state=None):
@@ -522,8 +507,7 @@ class GPT(nn.Module):
                 raise UserError(f"{directory}: the adapter's {name} does not fit this model or its rank {rank}; name "
                                 "the base that it was trained on")
             module = LoraLinear(base, rank, alpha, dropout)
-            for part, tensor in parts.items():
-                getattr(module, part).data = tensor.to(base.weight)
+            module.load_state_dict(parts, strict=False)  # what it lacks is the base's
             self.set_submodule(name, module)
         return self
 

@@ -20,41 +20,23 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
 from pathlib import Path
 
+from nanosft import templates
 from nanosft.chat_template import ROLES, read_chat_template
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
 from nanosft.hub import TOKENIZER
-from nanosft.records import Message, Unusable, is_missing, to_messages, whole
+from nanosft.records import Unusable, is_missing, to_messages
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
 from nanosft.sources import SEPARATOR, kind_of, paths_of, read_records
-from nanosft.templates import (
-    as_rendered,
-    batched,
-    blocks,
-    bring_tokenizer,
-    copy_tokenizer,
-    encode,
-    encode_all,
-    fingerprints,
-    get_encoding,
-    render,
-    stop_token,
-    title_of,
-    tokenise,
-)
 from nanosft.weights import base_of, locate, read_config
 
 # what an out_dir may hold to be written anew
 OURS = re.compile("|".join([r"meta\.json", r"test\.jsonl", r"(train|val)_\d{5}\.npy", *map(re.escape, TOKENIZER)]))
-CHUNK = 2048  # records rendered and encoded at a time
-PIECE = 1_000_000  # characters of a document tokenised at a time
-CUT = re.compile(r"(?<=\S)\n(?=\S)")  # where a document may be cut: no token of GPT-2's spans this place
 
 
 @dataclass(frozen=True)
@@ -78,8 +60,8 @@ class PrepareConfig:
     # tokens
     model: str = ""  # the model to train, by name or path: its tokenizer, context and chat template are used
     encoding: str = ""  # without a model: tiktoken's name, or bytes; '' = gpt2, for the demo bytes
-    block_size: int = 0  # the longest example in tokens; 0 = the context, 1,024 without a model and for texts
-    shard_tokens: int = 100_000_000  # tokens in one file
+    block_size: int = 0  # the longest example in tokens; 0 = the context, 1,024 without a model and for .txt
+    shard_tokens: int = 10_000_000  # tokens in one file; they wait in memory until it is full
     # report
     show: int = 1  # print this many rendered examples, supervised tokens in colour
 
@@ -89,23 +71,18 @@ class PrepareConfig:
             problems.append("--response_format: needed with --prompt_format")
         if self.block_size == 1:
             problems.append("--block_size: 1 is below 2")
-        try:
-            if self.text_encoding:
-                "".encode(self.text_encoding)
-        except (LookupError, ValueError):
-            problems.append(f"--text_encoding: Python knows no {self.text_encoding!r}; try cp1252 or utf-16")
         if not self.input and (self.val_input or self.test_input):
             problems.append("--input: needed with --val_input and --test_input")
         if self.model and self.encoding:
             problems.append("--encoding: the model brings its own; give it or --model")
         if self.template == "model" and not self.model:
             problems.append("--template: model needs --model")
+        if self.val_fraction + self.test_fraction >= 1:
+            problems.append(f"--test_fraction: {self.test_fraction} beside --val_fraction={self.val_fraction} leaves "
+                            "nothing to train on")
         check(self, at_least={"block_size": 0, "shard_tokens": 1, "show": 0},
               fractions=("val_fraction", "test_fraction"), problems=problems,
               choices={"template": ("", "alpaca", "chat", "text", "model")})
-        if self.val_fraction + self.test_fraction >= 1:
-            raise UserError(f"--test_fraction: {self.test_fraction} beside --val_fraction={self.val_fraction} leaves "
-                            "nothing to train on")
 
 
 # ---- input ----------------------------------------------------------------------------------------------------------
@@ -169,30 +146,30 @@ def files_of(config):
 def tokens_of(config, head):
     """(encoding, spec, directory, context): how text becomes tokens, by the flags or as the model that --model names
     has it; the directory with the model's tokenizer, or ''; its context in tokens. `head`: the first records."""
-    directory, context, template = "", 1024, "alpaca"
-    name = config.encoding or ("gpt2" if config.input else "bytes")
+    name, template, directory, context = config.encoding or "gpt2", "alpaca", "", 1024
     if not config.input:
-        template = "chat"
+        name, template = config.encoding or "bytes", "chat"
     if config.model:
-        name = "gpt2"
         path = locate(config.model)
         directory = path.parent
         if path.name == "adapter_config.json":
             path = locate(base_of(path))
         family, values = read_config(path.parent / "config.json")
-        context = values["block_size"]
+        name, template, context = "gpt2", "alpaca", values["block_size"]
         if (directory / "tokenizer.json").is_file():
             name = "tokenizer.json"
+            template = "model" if read_chat_template(directory) else "alpaca"
         elif family != "gpt2":
             raise UserError(f"--model={config.model} has no tokenizer.json; put the model's beside its weights")
-        if read_chat_template(directory):
-            template = "model"
+    if config.template == "model" != template:
+        raise UserError(f"--template=model: {config.model} brings no chat template with its tokenizer.json; take "
+                        "alpaca or chat")
     spec = {"template": config.template or template}
     for flag in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
         spec[flag] = getattr(config, flag).replace("\\n", "\n").replace("\\t", "\t")
     if spec["template"] == "alpaca" and not config.template and hold_conversations(head, spec):
         spec["template"] = "chat"
-    return get_encoding(name, directory), spec, directory, context
+    return templates.get_encoding(name, directory), spec, directory, context
 
 
 def hold_conversations(records, spec):
@@ -206,36 +183,12 @@ def hold_conversations(records, spec):
 
 # ---- encoding -------------------------------------------------------------------------------------------------------
 
-def pieces_of(text):
-    """Yields a document in pieces of at least PIECE characters, each but the first from a newline on."""
-    start = 0
-    while start < len(text):
-        cut = CUT.search(text, start + PIECE)
-        stop = cut.start() if cut else len(text)
-        yield text[start:stop]
-        start = stop
-
-
-def encode_document(text, location, spec, config, encoding, pool):
-    """Yields (split, record, messages, examples) of a single document: its end is held out."""
+def parts_of(location, text, config):
+    """{split: located records} of a single document: its end is held out."""
     n_test, n_val = round(len(text) * config.test_fraction), round(len(text) * config.val_fraction)
-    n_train, messages = len(text) - n_val - n_test, [Message("text", {"text": ""})]
-    begin, end = encode(render(messages, spec), encoding)[0]
-    for split, part in (("train", text[:n_train]), ("val", text[n_train:n_train + n_val])):
-        # a few pieces at a time: the ids of a text need ten times its memory
-        groups = batched((whole(piece, location) for piece in pieces_of(part)), 8)
-        encoded = chain.from_iterable(tokenise(group, encoding, pool) for group in groups)
-        if part:
-            yield split, None, messages, blocks(chain([[begin]], encoded, [[end]]), config.block_size)
-    if n_test:
-        yield "test", {"text": text[n_train + n_val:]}, messages, []
-
-
-def located(paths, config):
-    """Yields (location, record) of all files."""
-    for path in paths:
-        for location, record in read_records(path, config.text_encoding, config.separator):
-            yield f"{path.name}, {location}", record
+    n_train = len(text) - n_val - n_test
+    parts = {"train": text[:n_train], "val": text[n_train:n_train + n_val], "test": text[n_train + n_val:]}
+    return {split: [(location, {"text": part})] for split, part in parts.items() if part}
 
 
 def answered_part(messages):
@@ -265,11 +218,15 @@ def as_turns(messages):
             if message.role in ROLES else message for message in messages]
 
 
-def render_all(records, spec, config, report, kinds):
-    """Yields (location, record, messages, segments) for each record that has something to learn. All must be of one
-    kind, the first one's, which `kinds` keeps."""
+def encode_records(records, split, spec, config, encoding, report, prompts, kinds):
+    """Yields (split, record, messages, examples) for each located record that stays. All must be of one kind, the first
+    one's, which `kinds` keeps. `prompts`: the hashes of those in training, where other splits have files of their own.
+    """
+    seen = set()
     for location, record in records:
         report.records += 1
+        if report.records % 2000 == 0:
+            status(f"{report.records:,} records")
         try:
             messages, rest = to_messages(record, spec)
             if config.template in ("alpaca", "chat") and not spec["response_format"]:
@@ -278,62 +235,33 @@ def render_all(records, spec, config, report, kinds):
             kind = kept[0].role if kept[0].role in ("text", "prompt") else "conversation"
             if kind != kinds.setdefault("first", kind):
                 raise Unusable("not of the kind of the first", f"a {kind} among {kinds['first']} records")
-            segments = render(kept, spec)
+            segments = templates.render(kept, spec)
+            ids, flags = templates.encode(segments, encoding, config.train_on_prompt)
+            if len(ids) > config.block_size + 1 and kind != "text":
+                raise Unusable(f"longer than --block_size={config.block_size}")
         except Unusable as error:
             if config.strict:
                 raise UserError(f"{location}: {error}") from None
             report.drop(error.reason, location, error.detail)
             continue
-        except UserError as error:
-            raise UserError(f"{location}: {error}") from None
         if len(report.answers) <= 50 and kept[-1].role == "completion":
             report.answers.update(kept[-1].fields.values())
         report.note_unused(record, rest, kind == "text")
         report.cut += len(kept) < len(messages)
         report.several |= sum(message.role == "user" for message in kept) > 1
-        yield location, record, kept, segments
-
-
-def encode_records(records, split, config, encoding, pool, report, prompts):
-    """Yields (split, record, messages, examples) for each of `render_all`'s that stays. `prompts`: the hashes of those
-    in training, where other splits have files of their own."""
-    seen, max_tokens = set(), config.block_size + 1
-    for chunk in batched(records, CHUNK):
-        status(f"{report.records:,} records")
-        encoded = encode_all([segments for *_, segments in chunk], encoding, pool, config.train_on_prompt)
-        for (location, record, messages, segments), (ids, flags) in zip(chunk, encoded, strict=True):
-            share, digest = fingerprints(segments, config.seed)
-            is_text, own = messages[0].role == "text", split
-            if len(ids) > max_tokens and not is_text:
-                reason = f"longer than --block_size={config.block_size}"
-                if config.strict:
-                    raise UserError(f"{location}: {reason}")
-                report.drop(reason, location)
-            elif digest in seen:
-                report.drop("exact duplicates", location)
-            else:
-                seen.add(digest)
-                if not split:
-                    held_out = share < config.test_fraction + config.val_fraction
-                    own = "train" if not held_out else "test" if share < config.test_fraction else "val"
-                if own == "train" and (config.val_input or config.test_input):
-                    prompts.add(share)
-                elif split and share in prompts:
-                    report.seen_in_training[split] += 1
-                yield own, record, messages, blocks([ids], config.block_size) if is_text else [(ids, flags)]
-
-
-def encode_sources(sources, is_document, spec, config, encoding, pool, report):
-    """Yields (split, record, messages, examples) of all records, {split: located records}."""
-    prompts, kinds = set(), {}
-    for split, records in sources.items():
-        if is_document and not split:
-            location, record = next(records)
-            kinds["first"] = "text"
-            yield from encode_document(record["text"], location, spec, config, encoding, pool)
-        else:
-            rendered = render_all(records, spec, config, report, kinds)
-            yield from encode_records(rendered, split, config, encoding, pool, report, prompts)
+        share, digest = templates.fingerprints(segments, config.seed)
+        if digest in seen:
+            report.drop("exact duplicates", location)
+            continue
+        seen.add(digest)
+        own = split or "train"
+        if not split and share < config.test_fraction + config.val_fraction:
+            own = "test" if share < config.test_fraction else "val"
+        if own == "train" and (config.val_input or config.test_input):
+            prompts.add(share)
+        elif split and share in prompts:
+            report.seen_in_training[split] += 1
+        yield own, record, kept, templates.blocks(ids, config.block_size) if kind == "text" else [(ids, flags)]
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
@@ -422,7 +350,7 @@ def print_report(meta, report, out_dir):
     flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
     command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
     tokens = meta["model"] or f"{meta['encoding']} encoding"
-    print(f"wrote {out_dir} ({tokens}, {title_of(meta['prompt'])}); next: {command}")
+    print(f"wrote {out_dir} ({tokens}, {templates.title_of(meta['prompt'])}); next: {command}")
 
 
 def main(config):
@@ -439,43 +367,46 @@ def main(config):
     check_out_dir(out_dir, paths)
     config = replace(config, val_fraction=0 if config.val_input else config.val_fraction,
                      test_fraction=0 if config.test_input else config.test_fraction)
-    sources = {split: located(own, config) for split, own in files.items()}
+    sources = {split: chain.from_iterable(read_records(path, config.text_encoding, config.separator) for path in own)
+               for split, own in files.items()}
     head = list(islice(sources[""], 20))
     sources[""] = chain(head, sources[""])
     encoding, spec, directory, context = tokens_of(config, head)
-    full_spec = bring_tokenizer(spec, encoding, directory)
+    full_spec = templates.bring_tokenizer(spec, encoding, directory)
     are_texts = all(kind_of(path) == "text" for path in paths)
     if are_texts and (config.response_format or config.template not in ("", "text")):
         raise UserError("--template and --response_format: a .txt file is plain text; leave them out")
-    if are_texts and len(head) == 1 and "separator" in config.given:
-        raise UserError(f"--separator: {config.separator!r} parts no documents in {paths[0].name}; leave it out")
+    if are_texts and len(head) == 1:
+        if "separator" in config.given:
+            raise UserError(f"--separator: {config.separator!r} parts no documents in {paths[0].name}; leave it out")
+        del sources[""]
+        sources = parts_of(head[0][0], head[0][1]["text"], config) | sources
     if not config.block_size:
         config = replace(config, block_size=min(context, 1024) if are_texts else context)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = encode_sources(sources, are_texts and len(head) == 1, full_spec, config, encoding, pool, report)
-        # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
-        place = out_dir.resolve()
-        work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-        work.mkdir(parents=True)
-        try:
-            counts, shown, first = write_shards(parts, work, config, encoding)
-            if not counts["train"]["examples"]:
-                why = "; ".join([f"{report.records} records", *report.lines()]) if report.records else "it is empty"
-                raise UserError(f"--input: {paths[0].name} leaves nothing to train on ({why})")
-            prompt = {**as_rendered(first, spec), "turns": "several" if report.several else "one"}
-            model = config.model
-            if model and Path(model).exists():
-                model = str(Path(model).resolve())
-            if encoding.name == "tokenizer.json":
-                copy_tokenizer(directory, work, full_spec)
-            meta = write_meta(work, {
-                "format_version": FORMAT_VERSION, "encoding": encoding.name, "vocab_size": encoding.n_vocab,
-                "stop": stop_token({**full_spec, **prompt}, encoding), "block_size": config.block_size, "model": model,
-                "seed": config.seed, "source": ",".join(path.name for path in paths),
-                "source_sha256": sha256_of(*paths), "prompt": prompt, **counts})
-            publish(work, place)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    prompts, kinds = set(), {}
+    parts = chain.from_iterable(encode_records(records, split, full_spec, config, encoding, report, prompts, kinds)
+                                for split, records in sources.items())
+    # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
+    place = out_dir.resolve()
+    work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    work.mkdir(parents=True)
+    try:
+        counts, shown, first = write_shards(parts, work, config, encoding)
+        if not counts["train"]["examples"]:
+            why = "; ".join([f"{report.records} records", *report.lines()]) if report.records else "it is empty"
+            raise UserError(f"--input: {paths[0].name} leaves nothing to train on ({why})")
+        prompt = {**templates.as_rendered(first, spec), "turns": "several" if report.several else "one"}
+        if encoding.name == "tokenizer.json":
+            templates.copy_tokenizer(directory, work, full_spec)
+        meta = write_meta(work, {
+            "format_version": FORMAT_VERSION, "encoding": encoding.name, "vocab_size": encoding.n_vocab,
+            "stop": templates.stop_token({**full_spec, **prompt}, encoding), "block_size": config.block_size,
+            "model": str(Path(config.model).resolve()) if os.path.exists(config.model) else config.model,
+            "seed": config.seed, "source": ",".join(path.name for path in paths), "source_sha256": sha256_of(*paths),
+            "prompt": prompt, **counts})
+        publish(work, place)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     print_report(meta, report, out_dir)
     for ids, flags in shown:
         print(f"\n{preview(ids, flags, encoding)}")

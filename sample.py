@@ -6,13 +6,13 @@
     python sample.py --model=gpt2,out --file=...     # two models side by side
     python sample.py --export=my-model               # for transformers
 """
-import codecs
 import contextlib
 import copy
 import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import tiktoken
@@ -27,9 +27,9 @@ from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.records import NAME, Message, take, text_of, to_messages
-from nanosft.score import classify, label_set, longest_of, score, summary
+from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
-from nanosft.sources import kind_of, open_text, read_records
+from nanosft.sources import UNREADABLE, open_text, paths_of, read_records
 from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token, title_of
 from nanosft.weights import base_of, locate, weight_files
 
@@ -46,7 +46,7 @@ class SampleConfig:
     system: str = ""  # system prompt, for a template that has one
     answer: str = ""  # a half-written answer to go on with
     file: str = ""  # records to answer (as prepare_data.py reads them) and, where they hold an answer, to score
-    text_encoding: str = ""  # of that file, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
+    text_encoding: str = ""  # of these files, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
     labels: str = ""  # for classification: the classes, with commas; '' = the file's answers, where they are few
     output: str = "answers.jsonl"  # where --file writes its records, each with its response
     export: str = ""  # write the model, LoRA merged: a directory for transformers, or a file.gguf for llama.cpp, Ollama
@@ -83,46 +83,39 @@ class SampleConfig:
 
 def names_of(models):
     """The models that --model names; a path may have a comma."""
-    return [models] if Path(models).exists() else models.split(",")
-
-
-STORED = ("template", "prompt_format", "response_format", "turns", "encoding")  # in prompt.json
+    return [models] if Path(models).exists() else list(filter(None, map(str.strip, models.split(","))))
 
 
 @dataclass
 class LoadedModel:
-    """A model with what it needs to be asked. `spec`: the template that it was trained with; None: plain text."""
+    """A model with what it needs to be asked. `spec`: the wording that it was trained with; template "": none."""
     name: str
     model: GPT
     encoding: tiktoken.Encoding
-    spec: dict | None
+    spec: dict
     directory: Path | str  # of its tokenizer, if it has one of its own
 
     def __post_init__(self):
         self.stop = stop_token(self.spec, self.encoding)
 
     def is_chat(self):
-        return self.spec is not None and self.spec["template"] in ("chat", "model") and not self.spec["response_format"]
+        return self.spec["template"] in ("chat", "model") and not self.spec["response_format"]
 
     def keeps_turns(self):
         return self.is_chat() and (self.spec["template"] == "model" or self.spec.get("turns") != "one")
 
     def prompt_ids(self, messages):
         """The ids that stand before the answer, by the renderer that made the training data."""
-        if self.spec is None:
-            text = "\n\n".join(filter(None, messages[-1].fields.values()))
-            return self.encoding.encode_ordinary(text) or [self.encoding.eot_token]
-        return encode(render(messages, self.spec), self.encoding)[0]
+        return encode(render(as_trained(messages, self.spec), self.spec), self.encoding)[0]
 
     def generate(self, prompts, config):
-        """Yields, step by step, a list with the next id of each row's answer; None from its stop on."""
-        for ids in self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
-                                       self.stop, self.encoding.n_vocab, config.repetition_penalty):
-            yield [None if token == self.stop else token for token in ids]
+        """Yields, step by step, a list with the next id of each row's answer; None after its end."""
+        return self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
+                                   self.stop, self.encoding.n_vocab, config.repetition_penalty)
 
 
 def stored_spec(path):
-    """What prompt.json beside a weights file says, or None. An adapter's base must be the one it was trained on."""
+    """What prompt.json beside a weights file says, or None."""
     stored = path.parent / "prompt.json"
     if not stored.exists():
         return None
@@ -131,23 +124,25 @@ def stored_spec(path):
         if not isinstance(spec.get(name), str):
             raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; put back the file that train.py wrote, "
                             "or remove it and give --data_dir")
-    if path.name == "adapter_config.json" and spec.get("base_sha256"):
-        weights = locate(base_of(path))
-        if sha256_of(*weight_files(weights)) != spec["base_sha256"]:
-            raise UserError(f"{path.parent} was trained on other weights than {weights} holds; write the path of those "
-                            f"into {path} as base_model_name_or_path")
     return spec
 
 
 def load_model(path, dtype, bases):
-    """The model of a weights file. `bases` keeps those that are loaded: adapters over one base share its memory."""
-    base = locate(base_of(path)) if path.name == "adapter_config.json" else path
-    if base not in bases:
-        bases[base] = GPT.from_pretrained(base, dtype=dtype)
-    if base == path:
-        return bases[base]
-    shared = {id(parameter): parameter for parameter in bases[base].parameters()}
-    return copy.deepcopy(bases[base], shared).load_adapter(path.parent)
+    """The model of a weights file. `bases` keeps those that are loaded: adapters over one base share its memory. An
+    adapter's base must be the one that it was trained on."""
+    if path.name != "adapter_config.json":
+        bases[path] = bases.get(path) or GPT.from_pretrained(path, dtype=dtype)
+        return bases[path]
+    base, stored = locate(base_of(path)), path.parent / "prompt.json"
+    if base.name == path.name:
+        return GPT.from_pretrained(path.parent)  # which refuses an adapter over an adapter
+    trained_on = read_json(stored).get("base_sha256") if stored.is_file() else None
+    if trained_on and sha256_of(*weight_files(base)) != trained_on:
+        raise UserError(f"{path.parent} was trained on other weights than {base} holds; write the path of those into "
+                        f"{path} as base_model_name_or_path")
+    model = load_model(base, dtype, bases)
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    return copy.deepcopy(model, shared).load_adapter(path.parent)
 
 
 def load(config):
@@ -174,12 +169,12 @@ def load(config):
         spec, directory = trained if is_borrowed else pair
         if path.name == "adapter_config.json" and not (directory / "tokenizer.json").is_file():
             directory = locate(base_of(path)).parent  # peft leaves the tokenizer with the base
-        has_tokenizer = (directory / "tokenizer.json").is_file()
-        if spec is None and has_tokenizer and read_chat_template(directory):  # a model of others', asked in its own
-            spec = {"template": "model", "prompt_format": "", "response_format": "", "encoding": "tokenizer.json"}
-        own_encoding = "tokenizer.json" if has_tokenizer else "gpt2"
-        encoding = get_encoding(spec["encoding"] if spec else own_encoding, directory)
-        spec = spec and bring_tokenizer(spec, encoding, directory)
+        if spec is None:  # a model of others', asked in its own words, or raw
+            own = "tokenizer.json" if (directory / "tokenizer.json").is_file() else "gpt2"
+            template = "model" if own != "gpt2" and read_chat_template(directory) else ""
+            spec = {"template": template, "prompt_format": "", "response_format": "", "encoding": own}
+        encoding = get_encoding(spec["encoding"], directory)
+        spec = bring_tokenizer(spec, encoding, directory)
         model = load_model(path, dtype, bases)
         # some pad their vocabulary; one in borrowed words that has far more tokens has others
         if not 0 <= model.config.vocab_size - encoding.n_vocab < (128 if is_borrowed else math.inf):
@@ -195,14 +190,10 @@ def load(config):
 
 def prompt_messages(text, config, spec):
     """What a person types, as the messages of a record that lacks its answer."""
-    if spec and spec["template"] == "text":
-        return [Message("opening", {"text": text})]
-    if not spec or not spec["response_format"]:
-        system = [Message("system", {"content": config.system})] if config.system else []
-        return [*system, Message("user", {"content": text, "input": config.input})]
     columns = NAME.findall(spec["prompt_format"])
     if len(columns) < 2:
-        return [Message("prompt", dict.fromkeys(columns, text))]
+        system = [Message("system", {"content": config.system})] if config.system else []
+        return [*system, Message("user", {"content": text, "input": config.input})]
     try:
         return to_messages(json.loads(text), spec, answered=False)[0]
     except (ValueError, RecursionError):
@@ -211,35 +202,28 @@ def prompt_messages(text, config, spec):
                         f"'{{{example}}}'") from None
 
 
-def before(text, stop):
-    """The text up to --stop."""
-    return text.partition(stop)[0] if stop else text
-
-
 def stream(loaded, prompt, config, opening=""):
     """Prints the answer to one prompt as it is made, after `opening`, whole characters only; returns its text."""
     if len(names_of(config.model)) > 1:
         print(f"{loaded.name}: ", end="")
     print(opening + config.answer, end="", flush=True)
-    decoder, made, shown, token = codecs.getincrementaldecoder("utf-8")(errors="replace"), "", 0, None
-    answer, count = loaded.encoding.encode_ordinary(config.answer), 0
-    for (token,) in loaded.generate([prompt + answer], config):
-        if token is None:
+    ids, text, shown, ended = [], "", 0, False
+    for (token,) in loaded.generate([prompt + loaded.encoding.encode_ordinary(config.answer)], config):
+        if token != loaded.stop:
+            ids.append(token)
+        made = loaded.encoding.decode(ids)
+        text = made.partition(config.stop)[0] if config.stop else made
+        ended = token == loaded.stop or text != made
+        # half a character waits, and so does what may be the beginning of --stop
+        sure = len(text) if ended else max(shown, len(made.rstrip("\ufffd")) - max(0, len(config.stop) - 1))
+        print(text[shown:sure], end="", flush=True)
+        shown = sure
+        if ended:
             break
-        made, count = made + decoder.decode(loaded.encoding.decode_single_token_bytes(token)), count + 1
-        text = before(made, config.stop)
-        # what may be the beginning of --stop waits
-        until = max(shown, len(text) - (max(0, len(config.stop) - 1) if text == made else 0))
-        print(text[shown:until], end="", flush=True)
-        shown = until
-        if text != made:
-            token = None
-            break
-    made += decoder.decode(b"", final=True)
-    print(before(made, config.stop)[shown:], flush=True)
-    if token is not None and count < config.max_new_tokens:
+    print(text[shown:], flush=True)
+    if not ended and len(ids) < config.max_new_tokens:
         print(f"(cut: the context of {loaded.model.config.block_size:,} tokens is full)")
-    return config.answer + before(made, config.stop)
+    return config.answer + text
 
 
 def reply(loaded, text, turns, config):
@@ -282,28 +266,27 @@ def chat(models, config):
 # ---- files of records -----------------------------------------------------------------------------------------------
 
 def as_trained(messages, spec):
-    """A record's messages in the words that the model was trained on, if they are others."""
-    if not spec or messages[0].role not in ("prompt", "user", "system"):
-        return messages
+    """Messages that ask for an answer, in the words that the model was trained on."""
     columns, asked = NAME.findall(spec["prompt_format"]), messages[-1]
-    if len(messages) > 1 and (spec["template"] == "text" or spec["response_format"]):
+    text = "\n\n".join(filter(None, map(str, asked.fields.values())))
+    if spec["template"] in ("alpaca", "chat", "model") and not spec["response_format"]:
+        return [*messages[:-1], Message("user", {"content": text})] if asked.role == "prompt" else messages
+    if len(messages) > 1:
         raise UserError("this model answers one question, without a system prompt or earlier turns")
-    text = "\n\n".join(value for value in map(str, asked.fields.values()) if value)
-    if spec["template"] == "text" and not spec["response_format"]:
+    if spec["template"] == "text":
         return [Message("opening", {"text": text})]
-    if spec["response_format"] and list(asked.fields) != columns:
-        if len(columns) != 1:
-            raise UserError(f"this model reads the columns {', '.join(columns) or 'none'}; give records that have them")
-        return [Message("prompt", {columns[0]: text})]
-    if not spec["response_format"] and asked.role == "prompt":
-        return [*messages[:-1], Message("user", {"content": text})]
-    return messages
+    if not spec["template"]:
+        return [Message("prompt", {"text": text})]
+    if list(asked.fields) == columns:
+        return messages
+    if len(columns) > 1:
+        raise UserError(f"this model reads the columns {', '.join(columns)}; give records that have them")
+    return [Message("prompt", dict.fromkeys(columns, text))]
 
 
 def read_prompts(records, loaded, config):
     """(prompts as ids, reference answers, None where a record has none) of located records."""
-    prompts, references = [], []
-    spec = loaded.spec or {"template": "", "prompt_format": "", "response_format": ""}
+    prompts, references, spec = [], [], loaded.spec
     for location, record in records:
         try:
             messages, rest = to_messages(record, spec, answered=False)
@@ -315,40 +298,38 @@ def read_prompts(records, loaded, config):
                 reference = text_of(answer, name) if name else None
             if not messages or messages[0].role == "text":
                 raise UserError("nothing is asked before the answer; give each record a prompt")
-            messages = as_trained(messages, loaded.spec)
-            if config.system and messages[0].role == "user":
+            if config.system and messages[0].role != "system":
                 messages.insert(0, Message("system", {"content": config.system}))
             prompts.append(loaded.prompt_ids(messages))
             references.append(reference)
         except UserError as error:
-            raise UserError(f"{Path(config.file).name}, {location}: {error}") from None
+            raise UserError(f"{location}: {error}") from None
     return prompts, references
 
 
 def answer_all(loaded, prompts, config):
     """The answers to all prompts as texts, in batches of like length; None where a prompt is too long."""
-    context = loaded.model.config.block_size
-    answers, cut = [[] if len(prompt) <= context else None for prompt in prompts], Counter()  # ids
-    order = sorted((i for i, answer in enumerate(answers) if answer is not None), key=lambda i: len(prompts[i]))
+    context, answers, cut = loaded.model.config.block_size, [None] * len(prompts), Counter()
+    order = sorted((i for i, prompt in enumerate(prompts) if len(prompt) <= context), key=lambda i: len(prompts[i]))
     if len(order) < len(prompts):
         print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens "
               "and get no response")
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
-        step = []
-        for step in loaded.generate([prompts[i] for i in batch], config):
-            for i, token in zip(batch, step, strict=True):
-                if token is not None:
-                    answers[i].append(token)
-        for i, token in zip(batch, step, strict=True):
-            if token is not None:
-                limit = f"--max_new_tokens={config.max_new_tokens}"
-                cut[limit if len(answers[i]) == config.max_new_tokens else "the context"] += 1
+        steps = loaded.generate([prompts[i] for i in batch], config)
+        for i, tokens in zip(batch, zip(*steps, strict=True), strict=True):
+            ids = [token for token in tokens if token not in (None, loaded.stop)]
+            answers[i] = loaded.encoding.decode(ids)
+            if config.stop:
+                answers[i] = answers[i].partition(config.stop)[0]
+            if loaded.stop not in tokens:
+                is_full = len(ids) < config.max_new_tokens
+                cut["the context" if is_full else f"--max_new_tokens={config.max_new_tokens}"] += 1
         done = start + len(batch)
         status(f"{done:,} of {len(order):,} answered", end=done == len(order))
     for limit, count in cut.items():
         print(f"{count:,} of {len(prompts):,} answers were cut by {limit}")
-    return [None if answer is None else before(loaded.encoding.decode(answer), config.stop) for answer in answers]
+    return answers
 
 
 def put(records, key, values):
@@ -361,19 +342,16 @@ def put(records, key, values):
 
 def answer_file(models, config):
     """Answers every record with every model, writes the records with their responses, and scores them."""
-    path, results = Path(config.file), {}
-    if not path.is_file() or not kind_of(path):
-        fault = "no file of records" if path.is_file() else "not there"
-        raise UserError(f"--file: {path} is {fault}; prepare_data.py leaves the held-out records in test.jsonl")
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
-    records = [(location, {"messages": record} if isinstance(record, list) else record)
-               for location, record in read_records(path, config.text_encoding)]
+    results, found = {}, chain.from_iterable(
+        read_records(path, config.text_encoding) for path in paths_of("file", config.file))
+    records = [(location, {"messages": record} if isinstance(record, list) else record) for location, record in found]
     if not records:
-        raise UserError(f"--file: {path} holds no records; give one that does")
+        raise UserError(f"--file: {config.file} holds no records; give one that does")
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
         for loaded in models:
-            if loaded.spec is None:
+            if not loaded.spec["template"]:
                 print(f"{loaded.name} has no template of its own: the prompts go raw (--data_dir names one)")
             prompts, references = read_prompts(records, loaded, config)
             labels, likeliest, of = label_set(references, config.labels, loaded), [], ""
@@ -382,7 +360,7 @@ def answer_file(models, config):
                 of = f" of {loaded.name}"
             limit = config.max_new_tokens
             if labels and "max_new_tokens" not in config.given:
-                limit = min(limit, 4 + longest_of(labels, loaded))
+                limit = min(limit, 3 + max(map(len, labels.values())))
             responses = answer_all(loaded, prompts, replace(config, max_new_tokens=limit))
             put(records, f"response{of}", responses)
             if labels:
@@ -411,8 +389,9 @@ def export(loaded, directory, gguf_type):
         raise UserError(f"--export={directory} holds a model or a run already; name another directory")
     loaded.model.config.eos_token_id = loaded.stop  # of a padded vocabulary it is not the last id
     loaded.model.merge_lora().save_pretrained(directory)
-    if loaded.spec:
-        write_json(directory / "prompt.json", {name: loaded.spec[name] for name in STORED if name in loaded.spec})
+    if loaded.spec["template"]:
+        kept = loaded.spec.keys() & {"template", "prompt_format", "response_format", "turns", "encoding"}
+        write_json(directory / "prompt.json", {name: loaded.spec[name] for name in sorted(kept)})
         copy_tokenizer(loaded.directory, directory, loaded.spec)
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
@@ -427,13 +406,16 @@ def main(config):
         return answer_file(models, config)
     prompt, answers = config.prompt, []
     if config.prompt_file:
-        with open_text(Path(config.prompt_file), newline=None) as file:
-            prompt = file.read().removesuffix("\n")
-    if not prompt and not all(loaded.spec and loaded.spec["template"] == "text" for loaded in models):
+        try:
+            with open_text(Path(config.prompt_file), config.text_encoding, newline=None) as file:
+                prompt = file.read().removesuffix("\n")
+        except UNREADABLE as error:
+            raise UserError(f"--prompt_file: {error}; save it as UTF-8, or give --text_encoding=cp1252") from None
+    if not prompt and not all(loaded.spec["template"] == "text" for loaded in models):
         return chat(models, config)
     for loaded in models:
         ids = loaded.prompt_ids(prompt_messages(prompt, config, loaded.spec))
-        opening = prompt if loaded.spec and loaded.spec["template"] == "text" else ""  # a text is shown whole
+        opening = prompt if loaded.spec["template"] == "text" else ""  # a text is shown whole
         for number in range(1, config.num_samples + 1):
             if config.num_samples > 1:
                 print(f"--- {number} of {config.num_samples} ---")

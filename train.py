@@ -55,7 +55,7 @@ class TrainConfig:
     lora_targets: str = ""  # layers that get one, by the ends of their names, with commas; '' = all linear ones
     # batches and length
     batch_size: int = 8  # examples in an optimizer step
-    micro_batch_tokens: int = 0  # tokens in one forward pass, rows x longest: memory, never the result; 0 = by device
+    micro_batch_tokens: int = 0  # tokens in one forward pass, at least one example: memory, no other result; 0 = auto
     max_examples: int = 0  # train on the first N examples alone; 0 = all
     epochs: float = 0  # passes over the data; 0 = as max_steps says, else 2 for fine-tuning, 8 from scratch
     max_steps: int = 0  # stop after this many optimizer steps; 0 = no limit
@@ -179,12 +179,6 @@ def steps_at_first(run, seconds, step_seconds):
     return steps
 
 
-def seconds_left(step, total_steps, interval, step_seconds, evaluation_seconds):
-    """What the remaining steps and evaluations take, the evaluation of this step included."""
-    evaluations = math.ceil(total_steps / interval) - (step - 1) // interval
-    return step_seconds * (total_steps - step) + evaluation_seconds * evaluations
-
-
 def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
     """The learning rate of a step (from 0): linear warm-up, then cosine or linear down to min_lr at total_steps; or
     constant."""
@@ -206,15 +200,9 @@ def peak_of(config, base):
 def tokens_at_once(config, device, longest, n_embd):
     """How many tokens a micro-batch may have, rows times the longest. A CPU is busy with a few hundred wide ones; more
     save time only where the gradients of all weights are added up for each micro-batch."""
-    if config.micro_batch_tokens:
-        if config.micro_batch_tokens < longest:
-            raise UserError(f"--micro_batch_tokens={config.micro_batch_tokens} is below the longest example, {longest} "
-                            "tokens: raise it")
-        return config.micro_batch_tokens
-    most = 16384
-    if device.type == "cpu":
+    most = config.micro_batch_tokens or 16384
+    if device.type == "cpu" and not config.micro_batch_tokens:
         most = min(1024, (1 << 20) // n_embd) if config.lora_rank else 2048
-        most = min(most, config.batch_size * longest)
     return max(most, longest)
 
 
@@ -371,16 +359,13 @@ def evaluate(model, shards, max_tokens):
     """Mean loss over all supervised tokens of a split: one sum divided by one count, however it is batched. The
     processes share the work."""
     rank, world_size = rank_and_world_size()
-    loss, supervised, done = 0.0, 0, 0
+    loss, done = 0.0, 0
     with evaluating(model):
         for group in micro_batches(range(len(shards))[rank::world_size], shards.lengths, max_tokens):
-            idx, targets, lengths = shards.batch(group)
-            losses = model(idx, targets, lengths, reduction="none")
-            loss += losses.cpu().double().sum().item()  # a device may have no float64
-            supervised += len(losses)
+            loss += model(*shards.batch(group)).item()
             done += len(group)
             status(f"  evaluating: {min(done * world_size, len(shards)):,} of {len(shards):,}")
-    return all_reduce(loss) / all_reduce(supervised)
+    return all_reduce(loss) / shards.supervised(range(len(shards)))
 
 
 def save_weights(run, name):
@@ -482,8 +467,7 @@ def begin(run, samples):
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     clear(out_dir, () if config.resume else RESULTS)
-    report.write_rows(out_dir / "log.csv", [
-        row for row in report.read_rows(out_dir / "log.csv") if row["step"] <= run.state.step])
+    report.cut_rows(out_dir / "log.csv", run.state.step)
     if run.state.step == 0:
         with evaluating(run.model):
             samples.show(run.model, "before training", longest=16)  # tokens: the first step waits for them
@@ -566,7 +550,6 @@ def train(config, device):
     step_seconds, evaluation_seconds = expected_seconds(run, token_seconds)
     evaluation_seconds += begin_seconds
     began = saved = evaluated = state.elapsed = seconds()
-    spent_evaluating = 0.0  # seconds, in all evaluations so far
     limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     total_steps = steps_at_first(run, limit - state.elapsed - evaluation_seconds, step_seconds)
@@ -599,9 +582,7 @@ def train(config, device):
                    "seconds": time.perf_counter() - step_started, "val_score": ""}
             interval = math.ceil(total_steps / 10) if config.eval_interval < 0 else config.eval_interval or total_steps
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
-                alone = (state.elapsed - began - spent_evaluating) / (state.step - first_step)  # a step without these
-                left = seconds_left(state.step, total_steps, interval, alone, evaluation_seconds)
-                left = max(min(left, limit - state.elapsed), evaluation_seconds)  # the last one comes in any case
+                left = step_seconds * (total_steps - state.step) + evaluation_seconds
                 report.show_progress(row, total_steps, left, state.skipped)
             # evaluation
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
@@ -610,7 +591,6 @@ def train(config, device):
                 row.update(evaluate_and_keep_best(run, samples, max_tokens))
                 evaluated = seconds()
                 evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
-                spent_evaluating += evaluation_seconds
                 if config.patience and state.waited >= config.patience:
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")
@@ -623,7 +603,7 @@ def train(config, device):
                 if save:
                     save_state(run)
                 if save or due:
-                    pictures.plot_losses(out_dir)
+                    pictures.plot_losses(out_dir, config.best_by)
             if save:
                 saved = state.elapsed
             if state.skipped >= 10:

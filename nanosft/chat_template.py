@@ -7,7 +7,6 @@ that are tokens of their own.
 """
 import json
 import re
-from collections import Counter
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -32,13 +31,11 @@ def read_chat_template(directory):
     path = Path(directory) / "chat_template.jinja"
     if path.exists():
         return path.read_text(encoding="utf-8")
-    for path in (Path(directory) / "tokenizer_config.json", Path(directory) / "chat_template.json"):
-        template = read_json(path).get("chat_template") if path.exists() else None
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if template:
-            return template
-    return None
+    path = Path(directory) / "tokenizer_config.json"
+    template = read_json(path).get("chat_template") if path.exists() else None
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template or None
 
 
 def render_chat_template(messages, spec):
@@ -101,18 +98,14 @@ def render(source, roles, prompting, bos, eos):
     marks = [f"{MARK}{index};" for index in range(len(roles))]
     messages = [{"role": role, "content": PAD + mark + PAD} for role, mark in zip(roles, marks, strict=True)]
     remedy = f"leave out the system prompt, or {REMEDY}" if "system" in roles else REMEDY
+    said = " + ".join(roles) or "an answer without a question"
     try:
         text = compile_template(source).render(messages=messages, add_generation_prompt=prompting, bos_token=bos,
                                                eos_token=eos, tools=None, documents=None)
     except Exception as error:  # the template's own, for nothing else runs in there
-        said = " + ".join(roles) or "an answer without a question"
         raise Unusable(UNFIT, f"it fails on {said}: {error}; {remedy}") from None
-    found = [piece.strip(PAD) for piece in re.findall(PLACEHOLDER, text)]
-    counts = Counter(found)
-    for index, mark in enumerate(marks):
-        if counts[mark] != 1 or found[index] != mark:
-            fault = "repeats or moves" if counts[mark] else "hides or changes"
-            raise Unusable(UNFIT, f"it {fault} message {index + 1} ({roles[index]}); {remedy}")
+    if [piece.strip(PAD) for piece in re.findall(PLACEHOLDER, text)] != marks:
+        raise Unusable(UNFIT, f"it hides, changes, repeats or moves a message of {said}; {remedy}")
     return text
 
 

@@ -27,8 +27,9 @@ def write(figure, path):
     return True
 
 
-def plot_losses(out_dir):
-    """loss.png from log.csv: both losses and the best step; below, the learning rate and the right answers."""
+def plot_losses(out_dir, best_by="loss"):
+    """loss.png from log.csv: both losses and the step that best/ is of; below, the learning rate and the right answers.
+    """
     figure = new_figure(figsize=(9, 6))
     if not figure:
         return
@@ -36,7 +37,8 @@ def plot_losses(out_dir):
         rows = read_rows(out_dir / "log.csv")
         steps, losses, rates, tokens = ([float(row[name]) for row in rows]
                                         for name in ("step", "train_loss", "learning_rate", "tokens"))
-        evaluated = [(float(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+        evaluated = [(float(row["step"]), float(row["val_loss"]), float(row.get("val_score") or 0))
+                     for row in rows if row["val_loss"]]
         scored = [(float(row["step"]), float(row["val_score"])) for row in rows if row.get("val_score")]
     except (ValueError, KeyError):  # somebody has edited the log
         return
@@ -50,8 +52,9 @@ def plot_losses(out_dir):
     label = f"training, mean of {window} steps" if window > 1 else "training"
     axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
     if evaluated:
-        step, best = min(evaluated, key=lambda point: (math.isnan(point[1]), point[1]))
-        axes.plot(*zip(*evaluated, strict=True), "o-", color="tab:orange", label="validation")
+        step, best, _ = min(evaluated, key=lambda point: (
+            -point[2] if best_by != "loss" else 0, math.isnan(point[1]), point[1]))
+        axes.plot(*list(zip(*evaluated, strict=True))[:2], "o-", color="tab:orange", label="validation")
         label = f"best: {best:.4f} at step {step:,.0f}"
         axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=label)
     axes.set(ylabel="loss per supervised token", yscale="log", xlim=(0, None))

@@ -44,10 +44,6 @@ def beginning(value):
     return "".join(islice(json.JSONEncoder(default=str).iterencode(value), 40))[:40]
 
 
-def listed(names):
-    return ", ".join(repr(name) for name in names) or "none"
-
-
 def whole(text, name):
     """`text`, if it is one that UTF-8 can hold and tiktoken can cut."""
     try:
@@ -115,7 +111,7 @@ def to_messages(record, spec, answered=True):
     if not isinstance(record, dict):
         raise Unusable("a record is an object with named fields", f"not {beginning(record)}")
     if record.get(CUT):
-        raise Unusable("cells that the hub's viewer has cut", listed(record[CUT]))
+        raise Unusable("cells that the hub's viewer has cut", ", ".join(map(repr, record[CUT])))
     if spec["response_format"] and (answered or all(name in record for name in NAME.findall(spec["prompt_format"]))):
         messages, rest = by_formats(record, spec, answered)
     else:
@@ -158,7 +154,7 @@ def by_names(record):
     if lower.keys() != record.keys():
         messages, rest = by_names({small: record[name] for small, name in lower.items()})
         return messages, {lower.get(name, name): value for name, value in rest.items()}
-    raise Unusable("unknown kind of record", f"{listed(record) if record else 'no fields'}; {EXPECTED}")
+    raise Unusable("unknown kind of record", f"{', '.join(map(repr, record)) or 'no fields'}; {EXPECTED}")
 
 
 def question_and_answer(asked, question, rest):

@@ -1,6 +1,5 @@
 """What a run shows of itself: its log, its progress, and answers to a few prompts."""
 import csv
-import io
 import os
 import re
 import sys
@@ -11,10 +10,6 @@ import numpy as np
 from nanosft.console import UserError, status
 from nanosft.files import atomic_file, opened
 from nanosft.shards import SUPERVISED
-
-COLUMNS = ["step", "epoch", "train_loss", "val_loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens",
-           "seconds", "val_score"]
-
 
 # ---- log and progress -----------------------------------------------------------------------------------------------
 
@@ -29,20 +24,18 @@ def read_rows(path):
         raise UserError(f"{path} is not as train.py wrote it: put it back, or remove it and lose its rows") from None
 
 
-def write_rows(path, rows):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")  # a fork may have logged more
-    writer.writeheader()
-    writer.writerows(rows)
+def cut_rows(path, step):
+    """Removes the rows of log.csv, where there is one, from after this step."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     with atomic_file(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(b"".join(lines[:1 + sum(row["step"] <= step for row in read_rows(path))]))
 
 
 def append_row(path, row, sync):
     """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
     with opened(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        if not file.tell():  # somebody has removed the log
+        writer = csv.DictWriter(file, row)
+        if not file.tell():
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
         if sync:
@@ -126,12 +119,8 @@ class Samples:
 
     def answer(self, model, prompts, limit):
         """The model's greedy answers, lists of ids, of up to `limit` tokens."""
-        answers, limit = [[] for _ in prompts], min(limit, model.config.block_size - max(map(len, prompts)))
-        for step in model.generate(prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab):
-            for answer, token in zip(answers, step, strict=True):
-                if token is not None:
-                    answer.append(token)
-        return answers
+        steps = model.generate(prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab)
+        return [[token for token in tokens if token is not None] for tokens in zip(*steps, strict=True)]
 
     def show(self, model, heading, longest=64):
         """Prints the first answers, each cut at the length of the longest right one plus a little, or at `longest`."""

@@ -6,42 +6,34 @@ from nanosft.pictures import plot_confusion
 from nanosft.records import NAME, fill
 
 
-def longest_of(labels, loaded):
-    """How many tokens the longest label has; 0 without labels."""
-    return max((len(loaded.encoding.encode_ordinary(label)) for label in labels), default=0)
-
-
 def label_set(references, named, loaded):
-    """The classes that answers come from, as they are rendered: those `named`, with commas, or the references, where
-    they are few. [] where the file is no classification."""
+    """{class: its ids with the stop}: the classes that answers come from, as they are rendered, which are those
+    `named`, with commas, or the references, where they are few. {} where the file is no classification."""
     labels = sorted(set(references) - {None})
     if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
         spelling = {label.strip(): label for label in labels}
-        wording = loaded.spec and loaded.spec["response_format"] or "{label}"
-        names = [name.strip() for name in named.split(",")]
+        wording = loaded.spec["response_format"] or "{label}"
+        names = list(filter(None, map(str.strip, named.split(","))))
         labels = [spelling.get(name) or fill(wording, dict.fromkeys(NAME.findall(wording), name), "labels")
                   for name in names]
         if spelling and spelling.keys().isdisjoint(names):
             raise UserError(f"--labels: none of {named} is an answer of the file's, such as {next(iter(spelling))}; "
                             "name classes")
-    longest = longest_of(labels, loaded)
-    fits = longest < loaded.model.config.block_size  # with its stop
-    if named and not fits:
-        raise UserError(f"--labels: one has {longest:,} tokens, more than the context: give short ones")
-    few = 2 <= len(labels) <= 50 and 3 * len(labels) <= len(references)
-    return labels if named or few and fits else []
+    elif not 2 <= len(labels) <= 50 or 3 * len(labels) > len(references):
+        return {}
+    ids = {label: loaded.encoding.encode_ordinary(label) + [loaded.stop] for label in labels}
+    longest, context = max(map(len, ids.values())), loaded.model.config.block_size
+    if named and longest > context:
+        raise UserError(f"--labels: one has {longest - 1:,} tokens, more than the context: give short ones")
+    return ids if longest <= context else {}
 
 
 def classify(loaded, prompts, labels):
     """The likeliest label for each prompt: highest log-probability summed over the label's tokens and its stop."""
-    answers = [loaded.encoding.encode_ordinary(label) + [loaded.stop] for label in labels]
-    # a prompt that leaves no place for the longest answer loses its beginning
-    longest_prompt = loaded.model.config.block_size + 1 - max(map(len, answers))
-    likeliest, size = [], max(1, 64 // len(labels))
+    names, answers, likeliest, size = list(labels), list(labels.values()), [], max(1, 64 // len(labels))
     for start in range(0, len(prompts), size):
-        batch = [prompt[-longest_prompt:] for prompt in prompts[start:start + size]]
-        scores = loaded.model.log_likelihood(batch, answers)  # (prompts, labels)
-        likeliest += [labels[index] for index in scores.argmax(1).tolist()]
+        scores = loaded.model.log_likelihood(prompts[start:start + size], answers)  # (prompts, labels)
+        likeliest += [names[index] for index in scores.argmax(1).tolist()]
         status(f"{len(likeliest):,} of {len(prompts):,} classified", end=len(likeliest) == len(prompts))
     return likeliest
 

@@ -4,15 +4,18 @@ A shard is a numpy file of (id, flags), one entry a token; examples lie end to e
 holds what was prepared, a checksum of every shard, and one of itself. A training step is a pure function of (data,
 seed, step): no sampler has a state that could be lost.
 """
+import contextlib
 import functools
-import json
 import math
+from array import array
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from model import IGNORE_INDEX
 from nanosft.console import UserError
-from nanosft.files import crc32_of, crc32_of_json, write_json
+from nanosft.files import crc32_of, crc32_of_json, read_json, write_json
 
 FORMAT_VERSION = 3
 SUPERVISED, START = 1, 2  # bits of a token's flags: the loss counts its prediction; an example starts here
@@ -27,45 +30,28 @@ class ShardWriter:
         self.directory, self.split, self.shard_tokens = directory, split, shard_tokens
         self.dtype = np.dtype([("id", "<u2" if n_vocab <= 2**16 else "<u4"), ("flags", "u1")])
         self.counts = {"examples": 0, "tokens": 0, "supervised_tokens": 0, "longest": 0, "shards": {}}
-        self.file, self.in_shard = None, 0
-        self.ids, self.flags = [], bytearray()  # tokens that wait to be written together
+        self.ids, self.flags = array("I"), bytearray()  # of the shard that is open
 
     def add(self, ids, flags):
         """Appends one example: a list of token ids and as many bytes of flags."""
-        if self.in_shard and self.in_shard + len(ids) > self.shard_tokens:
+        if len(self.ids) + len(ids) > self.shard_tokens:
             self.close()
-        self.ids += ids
+        self.ids.extend(ids)
         self.flags += flags
-        self.in_shard += len(ids)
         self.counts["examples"] += 1
-        self.counts["tokens"] += len(ids)
         self.counts["longest"] = max(self.counts["longest"], len(ids))
-        if len(self.ids) > 1 << 16:
-            self.flush()
-
-    def write_header(self, n_tokens):
-        np.lib.format.write_array_header_1_0(self.file, {
-            "descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (n_tokens,)})
-
-    def flush(self):
-        if not self.file:
-            self.file = open(self.directory / f"{self.split}_{len(self.counts['shards']):05d}.npy", "wb")
-            self.write_header(0)  # numpy pads it, so that the true number fits in its place at the end
-        tokens = np.empty(len(self.ids), self.dtype)
-        tokens["id"], tokens["flags"] = self.ids, self.flags
-        self.counts["supervised_tokens"] += int(np.count_nonzero(tokens["flags"] & SUPERVISED))
-        self.file.write(tokens.tobytes())
-        self.ids, self.flags = [], bytearray()
 
     def close(self):
-        """Completes the shard that is open, if one is."""
-        if self.in_shard:
-            self.flush()
-            self.file.seek(0)
-            self.write_header(self.in_shard)
-            self.file.close()
-            self.counts["shards"][Path(self.file.name).name] = crc32_of(self.file.name)
-        self.file, self.in_shard = None, 0
+        """Writes the shard that is open, if one is."""
+        if self.ids:
+            path = self.directory / f"{self.split}_{len(self.counts['shards']):05d}.npy"
+            tokens = np.empty(len(self.ids), self.dtype)
+            tokens["id"], tokens["flags"] = self.ids, self.flags
+            np.save(path, tokens)
+            self.counts["tokens"] += len(tokens)
+            self.counts["supervised_tokens"] += int(np.count_nonzero(tokens["flags"] & SUPERVISED))
+            self.counts["shards"][path.name] = crc32_of(path)
+            self.ids, self.flags = array("I"), bytearray()
 
 
 def write_meta(directory, meta):
@@ -84,18 +70,13 @@ def checksum_of(meta):
 
 def load_meta(data_dir):
     """What meta.json holds, after its checksum is verified."""
-    path = Path(data_dir) / "meta.json"
+    path, meta = Path(data_dir) / "meta.json", {}
     if not path.is_file():
         raise UserError(f"--data_dir: no prepared data in {data_dir}; run python prepare_data.py first")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        version, whole = meta["format_version"], meta.get("checksum") == checksum_of(meta)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no JSON, or not such an object
-        version, whole = FORMAT_VERSION, False
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format {version}, this program reads {FORMAT_VERSION}; run prepare_data.py again")
-    if not whole:
-        raise UserError(f"{path} is damaged: run prepare_data.py again")
+    with contextlib.suppress(UserError):  # no JSON
+        meta = read_json(path)
+    if (meta.get("format_version"), meta.get("checksum")) != (FORMAT_VERSION, checksum_of(meta)):
+        raise UserError(f"{path} is damaged, or of another version: run prepare_data.py again")
     return meta
 
 
@@ -132,9 +113,6 @@ class Shards:
     def batch(self, indices):
         """These examples end to end: (idx (N,), targets (N,), lengths), int64 tensors and a list of int. A target is
         the next token, or IGNORE_INDEX where that is not supervised."""
-        import torch  # here: prepare_data.py does without, and starts in a quarter of the time
-
-        from model import IGNORE_INDEX
         examples = [self[i] for i in indices]
         ids = [example["id"].astype(np.int64) for example in examples]
         targets = [np.where(example["flags"][1:] & SUPERVISED, own[1:], IGNORE_INDEX)

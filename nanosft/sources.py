@@ -24,7 +24,9 @@ KNOWN = {name for names in NAMES.values() for name in names}
 
 def kind_of(path):
     """json, table, text or parquet; None for other files."""
-    return KINDS.get(path.name.lower().removesuffix(".gz").rpartition(".")[2])
+    name = path.name.lower()
+    kind = KINDS.get(name.removesuffix(".gz").rpartition(".")[2])
+    return None if kind == "parquet" and name.endswith(".gz") else kind  # parquet compresses by itself
 
 
 def paths_of(flag, names):
@@ -52,8 +54,8 @@ def files_in(flag, name):
             raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so")
         return [path]
     else:
-        found = sorted(path.rglob("*"))
-    found = [file for file in found if file.is_file() and not file.name.startswith(".")]
+        found = sorted(file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
+    found = [file for file in found if file.is_file()]
     files = [file for file in found if kind_of(file)]
     if not files:
         fault = "a directory without such files" if exists(name) else "not there"
@@ -91,8 +93,11 @@ def open_text(path, encoding="", newline=""):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         head = file.read(4096)
-    if not encoding or codecs.lookup(encoding).name == "utf-8":  # with or without a mark
-        encoding = encoding_of(head)
+    try:
+        if not encoding or codecs.lookup(encoding).name == "utf-8":  # with or without a mark
+            encoding = encoding_of(head)
+    except (LookupError, ValueError):
+        raise UserError(f"--text_encoding: Python knows no {encoding!r}; try cp1252 or utf-16") from None
     return opener(path, "rt", encoding=encoding, newline=newline)
 
 
@@ -102,7 +107,7 @@ def read_records(path, text_encoding="", separator=SEPARATOR):
     try:
         if kind_of(path) == "parquet":
             for location, record in read_parquet(path):
-                yield location, record
+                yield f"{name}, {location}", record
             return
         with open_text(path, text_encoding, newline=None if kind_of(path) == "text" else "") as file:
             if kind_of(path) == "text":
@@ -110,7 +115,7 @@ def read_records(path, text_encoding="", separator=SEPARATOR):
             else:
                 records = read_table(file, name) if kind_of(path) == "table" else read_json_records(file, name)
             for location, record in records:
-                yield location, record
+                yield f"{name}, {location}", record
     except UserError:
         raise
     except UnicodeDecodeError as error:
@@ -126,32 +131,19 @@ def read_records(path, text_encoding="", separator=SEPARATOR):
 
 def read_values(file, name):
     """Yields (location, value): one a line or, where the first line is none, values of any number of lines."""
-    def refuse(error, line):
-        raise UserError(f"{name}, line {line}, column {error.colno}: not valid JSON ({error.msg}); expected one record "
-                        "a line, or a list of records") from None
-
-    lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-    number, line = next(lines, (0, ""))
-    try:
-        value = json.loads(line) if line else None
-    except json.JSONDecodeError:
-        file.seek(0)
-        text, decoder, end = file.read().lstrip("\ufeff"), json.JSONDecoder(), 0
+    decoder, is_first = json.JSONDecoder(), True
+    for number, text in enumerate(file, 1):
+        end = 0
         while start := re.compile(r"\S").search(text, end):
             try:
                 value, end = decoder.raw_decode(text, start.start())
+                yield f"line {number + text.count(chr(10), 0, start.start())}", value
             except json.JSONDecodeError as error:
-                refuse(error, error.lineno)
-            yield f"line {text.count(chr(10), 0, start.start()) + 1}", value
-        return
-    if line:
-        yield f"line {number}", value
-    for number, line in lines:
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            refuse(error, number)
-        yield f"line {number}", value
+                if not is_first:
+                    raise UserError(f"{name}, line {number + error.lineno - 1}, column {error.colno}: not valid JSON "
+                                    f"({error.msg}); expected one record a line, or a list of records") from None
+                text += file.read()
+            is_first = False
 
 
 def read_json_records(file, name):
@@ -177,8 +169,9 @@ def records_in(value, name):
     known = [value[key] for key in KNOWN & value.keys()] if isinstance(value, dict) else [value]
     if not value or any(not isinstance(entry, list | dict) or is_conversation(entry) for entry in known):
         return [value]
-    if isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):  # pandas: orient="split"
-        return [dict(zip(value["columns"], row, strict=True)) for row in value["data"]]
+    names, rows = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
+        return [dict(zip(map(str, names), row, strict=True)) for row in rows]  # pandas: orient="split"
     columns, first = list(value.values()), next(iter(value.values()))
     if all(isinstance(column, dict) for column in columns):
         if all(column.keys() == first.keys() and all(map(str.isdigit, column)) for column in columns):

@@ -7,9 +7,7 @@ prompt_format and response_format; `bring_tokenizer` adds to it what a model's o
 """
 import hashlib
 import json
-import os
 import shutil
-from itertools import chain, islice
 from pathlib import Path
 
 import tiktoken
@@ -44,7 +42,7 @@ def render(messages, spec):
         return [(begin, False), (first["text"], True), (EOT, True)]
     if roles[0] == "opening":  # the beginning of a text that sample.py goes on with
         return [(begin, False), (first["text"], False)]
-    if roles[0] == "prompt":
+    if roles[0] == "prompt" and spec["template"] != "text":
         prompt_format = spec["prompt_format"]
         if not spec["response_format"]:  # a prompt and its answer stay as they are
             prompt_format = f"{{{next(iter(first))}}}"
@@ -105,8 +103,7 @@ def fingerprints(segments, seed):
             break
         # a special token, a system prompt, or a greeting before the first question tells no record from others
         is_special = isinstance(text, Special) or not text.strip()
-        if not supervised and not is_special and not text.startswith(("assistant\n", "system\n")):
-            asked = True
+        asked |= not (supervised or is_special or text.startswith(("assistant\n", "system\n")))
     share = hashlib.blake2b(f"{seed} {''.join(prompt)}".encode(), digest_size=8).digest()
     digest = hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
     return int.from_bytes(share, "big") / 2**64, digest
@@ -141,22 +138,20 @@ def bring_tokenizer(spec, encoding, directory):
 
 
 def title_of(spec):
-    """What people call the wording of this spec; None is plain text."""
-    if not spec:
-        return "no template"
+    """What people call the wording of this spec."""
     own = spec["response_format"] and spec["template"] != "model"
-    return "your formats" if own else f"{spec['template']} template"
+    return "your formats" if own else f"{spec['template'] or 'no'} template"
 
 
 def stop_token(spec, encoding):
     """The id that ends an answer."""
-    if spec and spec["template"] == "model":
+    if spec["template"] == "model":
         return encoding.encode_single_token(stop_of(spec))
     return encoding.eot_token
 
 
-def join(segments, encoded, encoding, train_on_prompt):
-    """(ids, flags) of one example, a list of int and as many bytes. `encoded` iterates over the ids of its texts."""
+def encode(segments, encoding, train_on_prompt=False):
+    """(ids, flags) of one example or prompt: a list of int and as many bytes."""
     ids, flags = [], bytearray()
     for text, supervised in segments:
         if text is EOT:
@@ -164,52 +159,19 @@ def join(segments, encoded, encoding, train_on_prompt):
         elif isinstance(text, Special):
             part = [encoding.encode_single_token(text)]
         else:
-            part = next(encoded)
+            part = encoding.encode_ordinary(text)
         ids += part
         flags += bytes([SUPERVISED if supervised or train_on_prompt else 0]) * len(part)
     flags[0] = START  # nothing stands before the first token, so nothing can predict it
     return ids, bytes(flags)
 
 
-def encode(segments, encoding, train_on_prompt=False):
-    """(ids, flags) of one example or prompt."""
-    encoded = (encoding.encode_ordinary(text) for text, _ in segments if not isinstance(text, Special))
-    return join(segments, encoded, encoding, train_on_prompt)
-
-
-def batched(items, size):
-    """Lists of up to `size` of what an iterable yields."""
-    items = iter(items)
-    return iter(lambda: list(islice(items, size)), [])
-
-
-def tokenise(texts, encoding, pool):
-    """Yields the ids of each text, in order. A thread takes a run of texts: to hand over single short ones costs more
-    than to encode them."""
-    runs = batched(texts, max(1, len(texts) // (2 * os.cpu_count())))
-    yield from chain.from_iterable(pool.map(lambda run: [encoding.encode_ordinary(text) for text in run], runs))
-
-
-def encode_all(examples, encoding, pool, train_on_prompt):
-    """Yields (ids, flags) of each example, a list of segments, in order."""
-    texts = [text for segments in examples for text, _ in segments if not isinstance(text, Special)]
-    encoded = tokenise(texts, encoding, pool)
-    for segments in examples:
-        yield join(segments, encoded, encoding, train_on_prompt)
-
-
-def blocks(parts, block_size):
-    """Yields one long text, lists of ids, as examples of at most block_size + 1 tokens. All but the first begin with
-    the last token of the one before, so that every token but the very first is predicted exactly once."""
-    waiting, flags = [], bytes([START]) + bytes([SUPERVISED]) * block_size
-    for ids in parts:
-        waiting += ids
-        start = 0
-        while len(waiting) - start > block_size + 1:
-            yield waiting[start:start + block_size + 1], flags
-            start += block_size
-        del waiting[:start]
-    yield waiting, flags[:len(waiting)]
+def blocks(ids, block_size):
+    """Yields one long text as examples of at most block_size + 1 tokens. All but the first begin with the last token of
+    the one before, so that every token but the very first is predicted exactly once."""
+    for start in range(0, max(1, len(ids) - 1), block_size):
+        part = ids[start:start + block_size + 1]
+        yield part, bytes([START]) + bytes([SUPERVISED]) * (len(part) - 1)
 
 
 # ---- for transformers -----------------------------------------------------------------------------------------------
@@ -232,7 +194,7 @@ def chat_template(spec):
     """The spec as a Jinja template for transformers, which refuses a conversation that the spec cannot hold. None where
     it is no conversation: plain text, or several columns."""
     columns = set(NAME.findall(spec["prompt_format"]))
-    if spec["template"] == "text" or len(columns) > 1 or (spec["response_format"] and not columns):
+    if spec["template"] in ("", "text") or len(columns) > 1 or (spec["response_format"] and not columns):
         return None
     if not columns and spec["template"] == "chat":
         return ("{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"

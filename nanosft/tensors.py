@@ -65,14 +65,6 @@ def read_pickle(path):
                         ) from None
 
 
-def read_tensors(path):
-    """Yields (name, tensor) of a .safetensors or .bin file."""
-    if path.suffix == ".safetensors":
-        yield from read_safetensors(path)
-        return
-    yield from taken_from(read_pickle(path), path)
-
-
 def taken_from(state, path):
     """Yields (name, tensor) of the state dict that a file held, and lets go of each, so that the reader may free it."""
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):

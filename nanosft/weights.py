@@ -11,7 +11,7 @@ import torch
 from nanosft.console import UserError
 from nanosft.files import read_json, write_json
 from nanosft.hub import INDEX, REPOSITORY, cached, download, shards_of
-from nanosft.tensors import read_pickle, read_tensors, taken_from, write_safetensors
+from nanosft.tensors import read_pickle, read_safetensors, taken_from, write_safetensors
 
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
@@ -190,7 +190,7 @@ def read_pretrained(path, dtype):
     if path.suffix in PICKLES:
         tensors, values = read_saved(path)
     else:
-        tensors = (pair for file in weight_files(path) for pair in read_tensors(file))
+        tensors = (pair for file in weight_files(path) for pair in read_safetensors(file))
     if config.exists() and not values:
         family, values = read_config(config)
     for name, tensor in tensors:
@@ -239,12 +239,12 @@ def read_adapter(directory, config):
             raise UserError(f"{directory}: the adapter's option {name}={value!r} is not supported; merge it into its "
                             "base with peft")
     rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout", 0.0)
-    are_numbers = all(type(number) in (int, float) for number in (rank, alpha, dropout))
+    are_numbers = type(rank) is int and all(type(number) in (int, float) for number in (alpha, dropout))
     if not are_numbers or rank < 1 or not 0 <= alpha < math.inf or not 0 <= dropout < 1:
         raise UserError(f"{directory}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r} in "
                         "adapter_config.json make no adapter; write or download it again")
     old, new = (Path(directory) / f"adapter_model.{kind}" for kind in ("bin", "safetensors"))
-    for name, tensor in read_tensors(old if old.exists() and not new.exists() else new):
+    for name, tensor in read_saved(old)[0] if old.exists() and not new.exists() else read_safetensors(new):
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
         if not match:
             raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update; expected lora_A and "

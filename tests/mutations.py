@@ -102,7 +102,7 @@ MUTATIONS = {
     "two runs in one directory": ('''            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)''', '''            pass'''),
     "losses of three digits": ('''f"{value:.8g}"''', '''f"{value:.3g}"'''),
     # sampling
-    "an adapter over any base": ('''sha256_of(*weight_files(weights)) != spec["base_sha256"]''', '''sha256_of(*weight_files(weights)) == ""'''),
+    "an adapter over any base": ('''sha256_of(*weight_files(base)) != trained_on''', '''sha256_of(*weight_files(base)) == ""'''),
     "export rounds": ('''pick_dtype("float32" if config.export else config.dtype, device)''', '''pick_dtype(config.dtype, device)'''),
     "label's stop not scored": ('''encode_ordinary(label) + [loaded.stop]''', '''encode_ordinary(label)'''),
     "characters broken while streaming": ('''codecs.getincrementaldecoder("utf-8")(errors="replace")''', '''type("D", (), {"decode": lambda s, b, final=0: b.decode(errors="replace")})()'''),

@@ -118,7 +118,7 @@ def work(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
     prepared(write_lines(path / "a.jsonl", colour_records(40)), path / "data", val_fraction=0.2, block_size=128)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.pictures, "plot_losses", lambda out_dir: None)  # which takes seconds
+        patch.setattr(train.pictures, "plot_losses", lambda *_: None)  # which takes seconds
         training(path / "data", path / "out")
     tiny(n_layer=1, n_embd=8, n_head=2, block_size=512).save_pretrained(path / "model")
     (path / "model" / "prompt.json").write_text(json.dumps(dict(template="chat", prompt_format="", response_format="",
@@ -244,7 +244,7 @@ def meta(**changes):
 
 
 AGAIN = " is damaged: run prepare_data.py again$"
-TRAIN, META = "train_00000.npy" + AGAIN, "meta.json" + AGAIN
+TRAIN, META = "train_00000.npy" + AGAIN, "meta.json is damaged, or of another version: run prepare_data.py again$"
 # what is wrong, what makes it so, the message
 DATA = [
     ("cut short", cut("train_00000.npy", 900), TRAIN), ("empty", cut("val_00000.npy", 0), "val_00000.npy" + AGAIN),
@@ -254,7 +254,7 @@ DATA = [
     ("a directory", lambda path: ((path / "train_00000.npy").unlink(), (path / "train_00000.npy").mkdir()),
      "train_00000.npy is missing"),
     ("meta.json missing", gone("meta.json"), "--data_dir: no prepared data in .*; run python prepare_data.py first"),
-    ("meta.json of another version", meta(format_version=1), "has format 1, this program reads 3; run prepare_data.py"),
+    ("meta.json of another version", meta(format_version=1), META),
     ("meta.json empty", put("meta.json", ""), META), ("meta.json cut", cut("meta.json", 99), META),
     ("meta.json a list", put("meta.json", "[1]"), META), ("meta.json deep", put("meta.json", "[" * 100_000), META),
     ("meta.json no UTF-8", put("meta.json", b"\xff\xfe{}"), META),
@@ -482,8 +482,7 @@ TWO_COLUMNS = "--prompt: this model reads the columns title, text; give a JSON o
 PUT_BACK = ".*put back the file that train.py wrote, or remove it and give --data_dir"
 PROMPT = dict(prompt="x")
 SAMPLES = [
-    ("--file missing", wording(), dict(file="nowhere.jsonl"), "--file: nowhere.jsonl is not there; prepare_data.py"),
-    ("--file a directory", wording(), dict(file="model"), "--file: model is not there; prepare_data.py leaves"),
+    ("--file missing", wording(), dict(file="nowhere.jsonl"), "--file: 'nowhere.jsonl' is not there; give a file"),
     ("--file empty", *file(""), "--file: model/a.jsonl holds no records; give one"),
     ("--file noise", *file(NOISE), "a.jsonl, in or after line 1: .*save it as UTF-8, or give its"),
     ("--file of texts", *file('{"text": "a"}'), "line 1: nothing is asked before .* answer; give each record"),
@@ -612,8 +611,6 @@ REMEDIES = [
     (nothing, TRAIN, dict(out_dir="new", resume=True), "start one without --resume", None, dict(resume=False)),
     (cut("data/train_00000.npy", 900), TRAIN, dict(out_dir="new"), "run prepare_data.py again", again(), {}),
     (gone("data/meta.json"), TRAIN, dict(out_dir="new"), "run python prepare_data.py first", again(), {}),
-    (nothing, TRAIN, dict(out_dir="new", micro_batch_tokens=9), "below the longest example, .*: raise it", None,
-     dict(micro_batch_tokens=200)),
     (nothing, TRAIN, dict(out_dir="new", lora_rank=2), "name them with --init_from", None, dict(init_from="model")),
     (nothing, TRAIN, dict(out_dir="new", lora_rank=2, init_from="model", lora_targets="q_proj"),
      "this model's are c_attn, c_fc, c_proj", None, dict(lora_targets="c_attn,c_fc")),
@@ -634,7 +631,7 @@ REMEDIES = [
      None, dict(data_dir="data")),
     (lambda path: wording(template=3)(path / "model"), SAMPLE, PROMPT, "or remove it and give --data_dir",
      gone("model/prompt.json"), dict(data_dir="data")),
-    (nothing, SAMPLE, dict(file="none.jsonl"), "prepare_data.py leaves the held-out records in test.jsonl",
+    (nothing, SAMPLE, dict(file="data/none.jsonl"), "give a file, a directory with",
      again(test_fraction=0.2), dict(file="data/test.jsonl")),
     (put("x.jsonl", ""), SAMPLE, dict(file="x.jsonl"), "give one that does", put("x.jsonl", ONE), {}),
     (put("x.jsonl", '{"text": "t"}'), SAMPLE, dict(file="x.jsonl"), "give each record a prompt",
@@ -648,7 +645,7 @@ REMEDIES = [
 def test_remedies_work(change, script, flags, message, repair, other_flags, work, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(work, tmp_path, dirs_exist_ok=True)
-    monkeypatch.setattr(train.pictures, "plot_losses", lambda out_dir: None)
+    monkeypatch.setattr(train.pictures, "plot_losses", lambda *_: None)
     main, config_class, defaults = {
         PREPARE: (prepare_data.main, PrepareConfig, dict(encoding="bytes", out_dir="x", show=0, val_fraction=0,
                                                          test_fraction=0)),

@@ -273,16 +273,17 @@ def test_a_thousand_conversations_of_one_kind_are_rendered_once():
     assert render_roles.cache_info().misses == 1
 
 
+LOST = "it hides, changes, repeats or moves a message of"
 SYSTEM = "leave out the system prompt, or prepare with --template=chat"
 REFUSED = {  # template, roles, what is said
     "hides the system prompt": (CHATML.replace("messages %}", "messages if message.role != 'system' %}", 1),
-                                "system user", f"hides or changes message 1 (system); {SYSTEM}"),
+                                "system user", f"{LOST} system + user; {SYSTEM}"),
     "hides earlier turns": (CHATML.replace("in messages", "in messages[-2:]"), "user assistant user assistant",
-                            "hides or changes message 1 (user); prepare with --template=chat"),
-    "repeats": (CHATML + "{{ messages[0].content }}", "user assistant", "repeats or moves message 1 (user)"),
-    "moves": (CHATML.replace("in messages", "in messages | reverse"), "system user", "moves message 1 (system)"),
-    "upper": (CHATML.replace("message['content']", "message['content'] | upper"), "user", "changes message 1 (user)"),
-    "tojson": (CHATML.replace("message['content']", "message['content'] | tojson"), "user", "changes message 1 (user)"),
+                            f"{LOST} user + assistant + user + assistant; prepare with --template=chat"),
+    "repeats": (CHATML + "{{ messages[0].content }}", "user assistant", f"{LOST} user + assistant; prepare"),
+    "moves": (CHATML.replace("in messages", "in messages | reverse"), "system user", f"{LOST} system + user; {SYSTEM}"),
+    "upper": (CHATML.replace("message['content']", "message['content'] | upper"), "user", f"{LOST} user; prepare"),
+    "tojson": (CHATML.replace("message['content']", "message['content'] | tojson"), "user", f"{LOST} user; prepare"),
     "lines": (CHATML.replace("message['content']", "message['content'].replace('\\n', ' ')"), "user", "changes"),
     "system raises": (GEMMA, "system user", f"fails on system + user: System role not supported; {SYSTEM}"),
     "two of a role": (GEMMA, "user user", "fails on user + user: Roles must alternate; prepare with --template=chat"),
@@ -314,8 +315,7 @@ def test_read_chat_template_finds_each_home(tmp_path):
     assert read_chat_template(tmp_path) is None
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     for name, values, expected in [("tokenizer_config.json", {}, None),
-                                   ("chat_template.json", {"chat_template": "P"}, "P"),
-                                   ("tokenizer_config.json", {"chat_template": named[:1]}, "P"),
+                                   ("tokenizer_config.json", {"chat_template": named[:1]}, None),
                                    ("tokenizer_config.json", {"chat_template": named}, "D"),
                                    ("tokenizer_config.json", {"chat_template": "C"}, "C")]:
         (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")

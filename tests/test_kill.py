@@ -28,7 +28,7 @@ import os, sys, time
 sys.path.insert(0, {root!r})
 import train
 from nanosft import flags
-train.pictures.plot_losses = lambda out_dir: None
+train.pictures.plot_losses = lambda *_: None
 {more}
 flags.run(train.main, train.TrainConfig)
 """
@@ -49,7 +49,7 @@ SMALL = dict(n_layer=2, n_head=2, n_embd=32, dropout=0.1, device="cpu", dtype="f
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch):
     """Only on as many threads are two runs equal to the bit. Pictures of the loss would take most of the time."""
-    monkeypatch.setattr(train.pictures, "plot_losses", lambda out_dir: None)
+    monkeypatch.setattr(train.pictures, "plot_losses", lambda *_: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -74,10 +74,14 @@ def test_lora_is_merged_and_a_file_that_is_there_stays(tmp_path):
     assert not list(tmp_path.glob("b.gguf*"))
 
 
+TURN = "<|endoftext|>user\n{{ .Prompt }}<|endoftext|>assistant\n"
 MODELFILES = {
     "alpaca": ({}, "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"),
-    "chat": (dict(template="chat"), "{{ if .System }}<|endoftext|>system\n{{ .System }}{{ end }}<|endoftext|>user\n"
-             "{{ .Prompt }}<|endoftext|>assistant\n{{ .Response }}"),
+    "chat": (dict(template="chat"), "{{ if .System }}<|endoftext|>system\n{{ .System }}" + TURN + "{{ else }}" + TURN
+             + "{{ end }}{{ .Response }}"),
+    "text": (dict(template="text"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
+    "text by a format": (dict(template="text", response_format="{a}"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
+    "no column": (dict(prompt_format="Sing:", response_format="{a}"), '"""Sing:{{ .Response }}'),
     "a column": (dict(prompt_format="Q: {q} {{'x'}}\nA:", response_format="{a}"),
                  """Q: {{ .Prompt }} {{ "{{" }}'x'{{ "}}" }}\nA:{{ .Response }}"""),
 }
@@ -90,13 +94,19 @@ def test_a_modelfile_words_the_prompt_as_training_did(spec, end, tmp_path):
     assert text.startswith('FROM ./m.gguf\nPARAMETER stop "<|endoftext|>"') and text.endswith(f'{end}"""\n')
 
 
-def test_a_models_own_template_becomes_ollamas(tmp_path):
-    export(chat_model(tmp_path / "m"), tmp_path / "m.gguf")
+@pytest.mark.parametrize("wording, before", [({}, ""), (dict(prompt_format="Q: {q}", response_format="{a}"), "Q: ")])
+def test_a_models_own_template_becomes_ollamas(wording, before, tmp_path):
+    model = chat_model(tmp_path / "m")
+    if wording:
+        (tmp_path / "m" / "prompt.json").write_text(json.dumps(
+            {"template": "model", "encoding": "tokenizer.json", **wording}))
+    export(model, tmp_path / "m.gguf")
     start, end = "<|im_start|>", "<|im_end|>"
-    user = f"{start}user\n{{{{ .Prompt }}}}{end}\n{start}assistant\n"
-    system = f"{start}system\n{{{{ .System }}}}{end}\n{user}"
-    assert (tmp_path / "Modelfile").read_text().endswith(
-        f'TEMPLATE """{{{{ if .System }}}}{system}{{{{ else }}}}{user}{{{{ end }}}}{{{{ .Response }}}}"""\n')
+    user = f"{start}user\n{before}{{{{ .Prompt }}}}{end}\n{start}assistant\n"
+    if not wording:
+        system = f"{start}system\n{{{{ .System }}}}{end}\n{user}"
+        user = f"{{{{ if .System }}}}{system}{{{{ else }}}}{user}{{{{ end }}}}"
+    assert (tmp_path / "Modelfile").read_text().endswith(f'TEMPLATE """{user}{{{{ .Response }}}}"""\n')
 
 
 NODE = os.getenv("NANOSFT_NODE", "")

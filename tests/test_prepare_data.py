@@ -259,16 +259,6 @@ def test_a_text_file_is_one_document_split_at_its_end(prepare, tmp_path, suffix)
     assert load_meta(data)["prompt"]["template"] == "text"
 
 
-def test_a_document_is_tokenised_in_pieces_as_in_one(prepare, tmp_path, gpt2_encoding, monkeypatch):
-    text = "\n".join(f"{'  ' * (i % 2)}Act {i}.\n\nEnter KING, {'spoken ' * (i % 5)}\t\n   aside" for i in range(3000))
-    (tmp_path / "play.txt").write_text(text)
-    monkeypatch.setattr(prepare_data, "PIECE", 1000)
-    assert len(list(prepare_data.pieces_of(text))) > 50
-    data = prepare(tmp_path / "play.txt", encoding="gpt2", **ALL)
-    ids = [token for ids, flags in load(data) for token, flag in zip(ids, flags, strict=True) if flag & SUPERVISED]
-    assert ids == gpt2_encoding.encode_ordinary(text) + [gpt2_encoding.eot_token]
-
-
 @pytest.mark.parametrize("suffix, delimiter", [(".csv", ","), (".tsv", "\t")])
 def test_tables_keep_quoted_newlines_and_every_character(prepare, tmp_path, suffix, delimiter):
     rows = [["title", "category"], ['A "quoted"\nline, two\r\nthree', "math"], ["naïve 🙂", "cs"]]

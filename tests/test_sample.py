@@ -2,6 +2,7 @@
 import io
 import json
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2
@@ -17,7 +18,7 @@ from model import GPT
 from nanosft import pictures, score
 from nanosft.console import UserError
 from nanosft.records import Message, to_messages
-from nanosft.shards import load_meta
+from nanosft.shards import FORMAT_VERSION, load_meta, write_meta
 from nanosft.templates import encode, get_encoding, render
 from nanosft.tensors import read_safetensors
 from sample import LoadedModel, SampleConfig
@@ -129,9 +130,39 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
         "1 of 2 answers were cut by --max_new_tokens=7", "1 of 2 answers were cut by the context"]
 
 
+def test_an_answer_that_the_context_cuts_before_others_end_is_counted(tmp_path, capsys):
+    model = saved(tmp_path / "m", SPECS["one"], tiny(block_size=64))
+    file = write_lines(tmp_path / "r.jsonl", [{"question": "x" * 50}, {"question": "x"}])
+    for batch_size in (1, 2):
+        use(model, file=str(file), output=str(tmp_path / "a"), max_new_tokens=20, batch_size=batch_size)
+        out = capsys.readouterr().out
+        assert "1 of 2 answers were cut by the context" in out and "1 of 2 answers were cut by --max_new" in out
+
+
+def test_a_model_without_wording_begins_as_it_was_trained_and_holds_one_question(tmp_path, heard):
+    model = Path(chat_model(tmp_path / "m"))
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    del values["chat_template"]
+    (model / "tokenizer_config.json").write_text(json.dumps(values))
+    heard.replies = [[]] * 2
+    use(model, prompt="Say red.")
+    loaded, = sample.load(SampleConfig(model=str(model), device="cpu"))
+    text = loaded.encoding.encode_ordinary("Say red.")
+    begin = [loaded.encoding.encode_single_token("<|im_start|>")] if loaded.spec["starts_with_bos"] else []
+    assert heard.prompts == [begin + text] and loaded.spec["template"] == ""
+    file = write_lines(tmp_path / "r.jsonl", [{"messages": turns("a", "b", "c")}])
+    with pytest.raises(UserError, match="r.jsonl, line 1: this model answers one question, without"):
+        use(model, file=str(file), output=str(tmp_path / "a"))
+
 def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard, capsys):
     model = saved(tmp_path / "a, b", SPECS["text"])  # a comma in a path is no second model
     assert len(use(model, num_samples=2)) == 2
+    (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="--prompt_file: .*; save it as UTF-8, or give --text_encoding=cp1252"):
+        use(model, prompt_file=str(tmp_path / "prompt.txt"))
+    heard.replies = [[STOP]]
+    use(model, prompt_file=str(tmp_path / "prompt.txt"), text_encoding="cp1252")
+    assert heard.prompts.pop() == [STOP, *"caf\xe9".encode()]
     (tmp_path / "prompt.txt").write_text("la\nla\n")
     capsys.readouterr()
     heard.replies = [[*b" lo", STOP], [*b" lu", STOP]]
@@ -313,10 +344,10 @@ def test_a_plain_model_is_asked_in_a_trained_ones_words_if_its_ids_can_be_the_sa
 
 def test_labels_are_scored_as_the_answers_spell_them(capsys):
     loaded = LoadedModel("", tiny(), BYTES, {**SPECS["alpaca"]}, "")
-    assert score.label_set([" pos", None, " neg", " pos"], "pos, neg,new", loaded) == [" pos", " neg", "new"]
+    assert list(score.label_set([" pos", None, " neg", " pos"], "pos, neg,new,", loaded)) == [" pos", " neg", "new"]
     loaded.spec["response_format"] = " {label}"
-    assert score.label_set([], "pos, neg,new", loaded) == [" pos", " neg", " new"]
-    assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == []  # no place for one and its stop
+    assert score.label_set([], "pos,b", loaded) == {" pos": [*b" pos", 256], " b": [*b" b", 256]}
+    assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == {}  # no place for one and its stop
     with pytest.raises(UserError, match="--labels: one has 65 tokens"):
         score.label_set([], "b," + "a" * 64, loaded)
 
@@ -349,6 +380,14 @@ def adapter(path, base, seed, **more):
     return str(path)
 
 
+def over(path, base):
+    """An adapter whose base is said to be the adapter `base`."""
+    values = json.loads((Path(base) / "adapter_config.json").read_text())
+    (path / "over").mkdir()
+    (path / "over" / "adapter_config.json").write_text(json.dumps({**values, "base_model_name_or_path": base}))
+    return str(path / "over")
+
+
 def test_adapters_answer_side_by_side_and_on_their_own_base_alone(tmp_path, capsys):
     base = saved(tmp_path / "base", SPECS["chat"])
     a, b = adapter(tmp_path / "a", base, 1), adapter(tmp_path / "b", base, 2)
@@ -356,8 +395,13 @@ def test_adapters_answer_side_by_side_and_on_their_own_base_alone(tmp_path, caps
     assert use(f"{a},{b}", prompt="x") == alone and alone[0] != alone[1]
     assert f"{a}: {alone[0]}" in capsys.readouterr().out
     other = adapter(tmp_path / "c", base, 1, base_sha256="0")
-    with pytest.raises(UserError, match="c was trained on other weights than .*base/model.safetensors holds; write"):
-        use(other, prompt="x")
+    write_meta(tmp_path, {"format_version": FORMAT_VERSION, "prompt": SPECS["chat"], "encoding": "bytes"})
+    for where in ("", str(tmp_path)):
+        with pytest.raises(UserError, match="c was trained on other weights than .*base/model.safetensors holds; wri"):
+            use(other, prompt="x", data_dir=where)
+    with pytest.raises(UserError, match="is itself an adapter; name plain weights there"):
+        use(over(tmp_path, a), prompt="x")
+    assert use(f"{a}, {b},", prompt="x") == alone
 
 
 def test_an_export_is_what_was_trained_bit_for_bit_and_lora_is_merged_in_float32(tmp_path):

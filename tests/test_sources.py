@@ -191,6 +191,8 @@ FILES = [
     ("pandas.json", json.dumps(PANDAS), ROWS), ("shuffled.json", json.dumps(SHUFFLED), ROWS),
     ("split.json", json.dumps({"columns": list(ROWS[0]), "index": [0, 1], "data": [["q1", "a1"], ["q2", "a2"]]}), ROWS),
     ("index.json", json.dumps({"a": ROWS[0], "b": ROWS[1]}), ROWS),
+    ("no_rows.json", '{"columns": ["a"], "data": [1, 2]}', [{"columns": ["a"], "data": [1, 2]}]),
+    ("deep_names.json", '{"columns": [["a"]], "data": [["x"]]}', [{"['a']": "x"}]),
     ("table.json", json.dumps({"schema": {"fields": []}, "data": ROWS}), ROWS),
     ("nested.json", json.dumps({"messages": [row["messages"] for row in TURNS]}), TURNS),
     ("single.json", json.dumps({"text": ["a", "b"]}), [{"text": "a"}, {"text": "b"}]),
@@ -251,18 +253,26 @@ def test_rows_that_the_viewer_has_cut_are_told_from_whole_ones(tmp_path):
             ROWS[0], {**ROWS[1], "truncated_cells": ["a"]}]
 
 
+def test_hidden_folders_and_packed_parquet_are_not_read(tmp_path, capsys):
+    for name in (".hidden/a.jsonl", "sub/.b.jsonl", "sub/c.jsonl", "sub/d.parquet.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert paths_of("input", str(tmp_path)) == [tmp_path / "sub" / "c.jsonl"]
+    assert capsys.readouterr().out == f"{tmp_path}: not read: d.parquet.gz\n"
+
+
 def test_other_encodings_are_named(tmp_path):
     (tmp_path / "a.csv").write_bytes("question,answer\ncafé,“ja”\n".encode("cp1252"))
     with pytest.raises(UserError, match="^a.csv, in or after line 1: .*0xe9.*--text_encoding=cp1252"):
         list(read_records(tmp_path / "a.csv"))
+    with pytest.raises(UserError, match="^--text_encoding: Python knows no 'klingon'; try cp1252"):
+        list(read_records(tmp_path / "a.csv", "klingon"))
     (_, record), = read_records(tmp_path / "a.csv", "cp1252")
     assert record == {"question": "café", "answer": "“ja”"}
     (tmp_path / "c.csv").write_bytes("question,answer\nq,a\n".encode("utf-8-sig"))
     assert [record for _, record in read_records(tmp_path / "c.csv", "UTF8")] == [{"question": "q", "answer": "a"}]
     (tmp_path / "b.csv").write_bytes("question,answer\nдом,да\n".encode("utf-16"))
     assert [record for _, record in read_records(tmp_path / "b.csv")] == [{"question": "дом", "answer": "да"}]
-    with pytest.raises(UserError, match="--text_encoding: Python knows no 'klingon'; try cp1252"):
-        PrepareConfig(text_encoding="klingon")
 
 
 def test_parquet(tmp_path):
@@ -271,7 +281,7 @@ def test_parquet(tmp_path):
     rows = [{**row, "score": None, "messages": turns(*ASKED)} for row in ROWS] * 3000
     parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
     found = list(read_records(tmp_path / "a.parquet"))
-    assert [record for _, record in found] == rows and found[-1][0] == "row 6000"
+    assert [record for _, record in found] == rows and found[-1][0] == "a.parquet, row 6000"
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(UserError, match="a.parquet, after row 0: .*; write it again, with plain columns"):
         list(read_records(tmp_path / "a.parquet"))

@@ -44,7 +44,7 @@ def fit(data, tmp_path, monkeypatch):
         common = BASE if "resume" not in flags else {}
         return train.main(TrainConfig(**{**common, "data_dir": str(data), "out_dir": str(tmp_path / out), **flags}))
     run.plot = pictures.plot_losses
-    monkeypatch.setattr(pictures, "plot_losses", lambda out_dir: None)
+    monkeypatch.setattr(pictures, "plot_losses", lambda *_: None)
     return run
 
 
@@ -334,12 +334,6 @@ def test_a_time_is_told_in_the_unit_that_suits_it(seconds, shown):
     assert report.duration(seconds) == shown
 
 
-def test_the_time_left_counts_the_evaluations_to_come():
-    assert train.seconds_left(10, 100, 10, 2.0, 5.0) == 2 * 90 + 5 * 10  # that of this step, too
-    assert train.seconds_left(11, 100, 10, 2.0, 5.0) == 2 * 89 + 5 * 9
-    assert train.seconds_left(96, 96, 10, 2.0, 5.0) == 5  # the last one
-
-
 # ---- what is left of a run ------------------------------------------------------------------------------------------
 
 @contextmanager
@@ -425,6 +419,19 @@ def test_right_answers_are_those_that_sample_py_counts(data):
     model.log_likelihood = lambda prompts, labels: expected[:len(prompts)]
     model.generate = lambda prompts, *_, **__: zip(*[answer + [None] * 99 for answer in samples.answers], strict=False)
     assert samples.right(model) == labels.right(model) == 6
+
+
+def test_best_by_picks_the_star_of_the_picture(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    rows = [{"step": step, "train_loss": 1.0, "learning_rate": 1.0, "tokens": 9, "val_loss": loss, "val_score": score}
+            for step, loss, score in ((1, 0.5, 0.1), (2, 0.7, 0.9), (3, 0.6, 0.9))]
+    for row in rows:
+        report.append_row(tmp_path / "log.csv", row, sync=False)
+    labels = []
+    monkeypatch.setattr(pictures, "write", lambda drawn, _: labels.extend(drawn.axes[0].get_legend_handles_labels()[1]))
+    pictures.plot_losses(tmp_path)
+    pictures.plot_losses(tmp_path, "exact")
+    assert [label for label in labels if "best" in label] == ["best: 0.5000 at step 1", "best: 0.6000 at step 3"]
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300])  # 300: padded
@@ -551,7 +558,6 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
             ("has 999 token ids", "new", dict(init_from=str(tmp_path / "other"))),
             ("a context of 16 tokens, the longest example", "new", dict(init_from=str(tmp_path / "short"))),
             ("64 tokens, the longest example 90", "new", dict(init_from=str(tmp_path / "middle"), data_dir=long)),
-            ("--micro_batch_tokens=10 is below the longest", "done", dict(micro_batch_tokens=10, overwrite=True)),
             ("n_embd=33 is no multiple of n_head=2", "done", dict(n_embd=33, overwrite=True)),
             ("--device=tpu9: .*; try --device=cpu", "done", dict(device="tpu9", overwrite=True)),
             ("--lora_rank needs weights to adapt: name them with --i", "done", dict(lora_rank=4, overwrite=True)),
@@ -568,8 +574,12 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
 
 def test_answers_in_training_stop_at_the_context_and_show_no_template(data, capsys):
     samples = report.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"), 256, count=5)
-    samples.show(tiny(block_size=max(map(len, samples.prompts))), "here")
-    assert capsys.readouterr().out.count("-> ''") == 5
+    longest = max(map(len, samples.prompts))
+    model = tiny(block_size=longest)
+    samples.show(model, "here")
+    assert capsys.readouterr().out.count("->") == 5
+    answers = samples.answer(model, samples.prompts, 40)
+    assert [len(answer) for answer in answers] == [min(40, longest - len(prompt) + 1) for prompt in samples.prompts]
     texts = [f"Below is a task.\n\n### Do:\nname {i}\n### Say:\n{i}<|endoftext|>" for i in range(20)]
     assert report.without_template(texts)[:2] == ["name 0 0", "name 1 1"]
 
