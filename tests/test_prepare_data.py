@@ -6,7 +6,7 @@ import json
 import jinja2
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, chat_model, colour_records
+from conftest import ROOT, SHARED, chat_model, colour_records, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -174,6 +174,15 @@ def test_records_in_a_models_tokens_are_split_by_their_text_or_question(template
     meta = load_meta(data)
     counts = [meta[split]["examples"] for split in ("train", "val", "test")]
     assert sum(counts) == 60 and all(6 <= count <= 40 for count in counts)
+
+
+def test_pairs_are_no_texts_and_a_template_comes_with_a_tokenizer(prepare, tmp_path):
+    with pytest.raises(UserError, match="--template=text holds records with 'text', or --response_format"):
+        prepare([{"prompt": "q", "completion": "a"}], template="text")
+    tiny().save_pretrained(tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    with pytest.raises(UserError, match="--template=model: .*m brings no chat template with its tokenizer.json; take"):
+        prepare(colour_records(), template="model", encoding="", model=str(tmp_path / "m"))
 
 
 def test_the_split_depends_on_the_prompt_alone_and_adding_records_moves_none(prepare):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutations
 import pytest
 from conftest import ROOT, chat_model, colour_records, tiny, write_lines
 
@@ -126,3 +127,7 @@ def test_help_names_every_flag(script, capsys):
         parse_config(SCRIPTS[script][1], ["--help"])
     out = capsys.readouterr().out
     assert all(f"--{field.name} " in out for field in dataclasses.fields(SCRIPTS[script][1]))
+
+
+def test_every_break_of_mutations_py_quotes_one_place():
+    assert len({mutations.where(name).name for name in mutations.MUTATIONS}) > 15
