@@ -29,26 +29,21 @@ class Output:
     """stdout or stderr of a long run. When its reader leaves (a closed pipe or terminal, a full disk), what is written
     goes nowhere, and the run goes on."""
 
-    def __init__(self, stream, warnings=None):
-        self.stream, self.warnings = stream, warnings
+    def __init__(self, stream):
+        self.stream = stream
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
     def write(self, text):
-        self.attempt(self.stream.write, text)
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, action, *args):
-        try:
-            action(*args)
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            if self.warnings:
-                print(f"warning: nobody takes the output any more ({error.strerror}); the work goes on",
-                      file=self.warnings)
+        self.write("")
 
 
 def protect_output():
@@ -59,5 +54,4 @@ def protect_output():
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")
-    sys.stderr = Output(sys.stderr)
-    sys.stdout = Output(sys.stdout, warnings=sys.stderr)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
