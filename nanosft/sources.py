@@ -4,6 +4,7 @@ import csv
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from itertools import chain, islice
@@ -33,7 +34,7 @@ def paths_of(flag, names):
     """The files that a flag names: a path, a directory, a pattern like *.jsonl, hf:owner/name, or several of them with
     commas."""
     paths = []
-    for name in [names] if exists(names) else filter(None, map(str.strip, names.split(","))):
+    for name in [names] if os.path.exists(names) else filter(None, map(str.strip, names.split(","))):
         paths += files_in(flag, name)
     if any(kind_of(path) == "text" for path in paths) and not all(kind_of(path) == "text" for path in paths):
         raise UserError(f"--{flag}: {names} has texts (.txt) and records; name one kind, as in 'folder/*.txt'")
@@ -44,10 +45,10 @@ def paths_of(flag, names):
 
 def files_in(flag, name):
     """The files behind one name, sorted. What else a directory holds is said."""
-    if name.startswith("hf:") and not exists(name):
+    if name.startswith("hf:") and not os.path.exists(name):
         return dataset_files(name[3:])
     path, kinds = Path(name), " ".join(f".{end}" for end in KINDS)
-    if not exists(name):
+    if not os.path.exists(name):
         found = sorted(map(Path, glob.glob(name, recursive=True)))
     elif path.is_file():
         if not kind_of(path):
@@ -58,19 +59,12 @@ def files_in(flag, name):
     found = [file for file in found if file.is_file()]
     files = [file for file in found if kind_of(file)]
     if not files:
-        fault = "a directory without such files" if exists(name) else "not there"
+        fault = "a directory without such files" if os.path.exists(name) else "not there"
         raise UserError(f"--{flag}: {name!r} is {fault}; give a file, a directory with {kinds}, or a pattern like "
                         "'data/*.jsonl'")
     if len(files) < len(found):
         print(f"{name}: not read: {', '.join(file.name for file in found if file not in files)[:100]}")
     return files
-
-
-def exists(name):
-    try:
-        return Path(name).exists()
-    except (OSError, ValueError):  # too long for a name, or with a null character
-        return False
 
 
 # ---- text in any encoding -------------------------------------------------------------------------------------------
@@ -269,17 +263,15 @@ def read_documents(file, separator):
 def read_parquet(path):
     """Yields (location, record) for every row."""
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path.name} needs pyarrow: pip install pyarrow") from None
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=2048):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"row {number}", record
+            rows = (row for batch in file.iter_batches(batch_size=2048) for row in batch.to_pylist())
+            for number, record in enumerate(rows, 1):
+                yield f"row {number}", record
     except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise UserError(f"{path.name}, after row {number}: {str(error)[:200]}; write it again, with plain columns"
                         ) from None
