@@ -334,7 +334,7 @@ def preview(ids, flags, encoding):
     return "".join(texts) + (off if was_supervised else "")
 
 
-def print_report(meta, report, out_dir):
+def print_report(meta, report, out_dir, replaced):
     status("")
     for split in ("train", "val"):
         counts = meta[split]
@@ -350,6 +350,8 @@ def print_report(meta, report, out_dir):
     flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
     command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
     tokens = meta["model"] or f"{meta['encoding']} encoding"
+    if replaced:
+        print(f"{out_dir} held other data: what was trained on them may have seen this test.jsonl")
     print(f"wrote {out_dir} ({tokens}, {templates.title_of(meta['prompt'])}); next: {command}")
 
 
@@ -404,10 +406,12 @@ def main(config):
             "model": str(Path(config.model).resolve()) if os.path.exists(config.model) else config.model,
             "seed": config.seed, "source": ",".join(path.name for path in paths), "source_sha256": sha256_of(*paths),
             "prompt": prompt, **counts})
+        held = place / "meta.json"
+        replaced = held.is_file() and held.read_bytes() != (work / "meta.json").read_bytes()
         publish(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print_report(meta, report, out_dir)
+    print_report(meta, report, out_dir, replaced)
     for ids, flags in shown:
         print(f"\n{preview(ids, flags, encoding)}")
     return meta

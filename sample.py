@@ -182,7 +182,7 @@ def load(config):
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or ask it alone")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
         if config.system and not models[-1].is_chat():
-            raise UserError("--system: only a chat template has a system prompt; leave it out")
+            raise UserError(f"--system: {name} was trained without one, on {title_of(spec)}; leave it out")
     return models
 
 
@@ -303,7 +303,8 @@ def read_prompts(records, loaded, config):
             prompts.append(loaded.prompt_ids(messages))
             references.append(reference)
         except UserError as error:
-            raise UserError(f"{location}: {error}") from None
+            by_data = "; or give the --data_dir that was made of such records" if "unknown kind" in str(error) else ""
+            raise UserError(f"{location}: {error}{by_data}") from None
     return prompts, references
 
 
@@ -324,11 +325,11 @@ def answer_all(loaded, prompts, config):
                 answers[i] = answers[i].partition(config.stop)[0]
             if loaded.stop not in tokens:
                 is_full = len(ids) < config.max_new_tokens
-                cut["the context" if is_full else f"--max_new_tokens={config.max_new_tokens}"] += 1
+                cut["by the context" if is_full else f"after {config.max_new_tokens} tokens (--max_new_tokens)"] += 1
         done = start + len(batch)
         status(f"{done:,} of {len(order):,} answered", end=done == len(order))
     for limit, count in cut.items():
-        print(f"{count:,} of {len(prompts):,} answers were cut by {limit}")
+        print(f"{count:,} of {len(prompts):,} answers were cut {limit}")
     return answers
 
 

@@ -222,8 +222,11 @@ def build_model(config, meta, checkpoint, dtype):
         return GPT(GPTConfig(meta["block_size"], meta["vocab_size"], config.n_layer, config.n_head, config.n_embd,
                              config.dropout, meta["stop"], meta["stop"])), base
     if init_from in SIZES and meta["encoding"] != "gpt2":
+        remedy = "prepare it with --encoding=gpt2, or train with --init_from=scratch"
+        if meta["model"]:
+            remedy = f"leave it out to start from {meta['model']}, which the data were prepared for"
         raise UserError(f"--init_from={init_from} needs GPT-2's encoding, {config.data_dir} is in {meta['encoding']}: "
-                        "prepare it with --encoding=gpt2, or train with --init_from=scratch")
+                        f"{remedy}")
     model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
     if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 128:  # some pad it for speed
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "

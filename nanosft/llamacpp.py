@@ -55,6 +55,10 @@ def write_gguf(path, loaded, kind):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    columns = NAME.findall(loaded.spec["prompt_format"])
+    if len(columns) > 1:
+        print(f"Ollama asks one question, this model reads {len(columns)} columns: word each prompt as in "
+              f"{loaded.spec['prompt_format']!r}")
     with atomic_file(path.parent / "Modelfile") as file:
         file.write(modelfile(path.name, loaded).encode())
     print(f"wrote {path} and Modelfile; try: ollama create {path.stem.lower()} -f {path.parent / 'Modelfile'}")
@@ -125,6 +129,8 @@ def go_template(spec, stop, *system):
         role, columns = "opening", ["text"]
     elif spec["response_format"] or not spec["template"]:
         role, columns = "prompt", NAME.findall(spec["prompt_format"]) or ["text"]
+    if len(columns) > 1:  # Ollama has one question: it is all that is worded
+        spec, columns = {**spec, "prompt_format": "{text}"}, ["text"]
     segments = render([*system, Message(role, dict.fromkeys(columns, "\1"))], spec)
     text = "".join(stop if text is EOT else text for text, _ in segments)
     if spec.get("starts_with_bos"):

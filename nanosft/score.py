@@ -20,6 +20,9 @@ def label_set(references, named, loaded):
             raise UserError(f"--labels: none of {named} is an answer of the file's, such as {next(iter(spelling))}; "
                             "name classes")
     elif not 2 <= len(labels) <= 50 or 3 * len(labels) > len(references):
+        if 2 <= len(labels) <= min(50, 2 / 3 * len(references)):
+            print(f"{len(labels)} different answers in {len(references)} records: if they are classes, name these with "
+                  "--labels")
         return {}
     ids = {label: loaded.encoding.encode_ordinary(label) + [loaded.stop] for label in labels}
     longest, context = max(map(len, ids.values())), loaded.model.config.block_size
@@ -50,8 +53,8 @@ def confusion(counts, labels):
     print(f"{'':{first}}{''.join(name[:width - 1].rjust(width) for name in names)}  recall")
     for truth, name in zip(labels, names, strict=True):
         row = [counts[truth, label] for label in labels]
-        recall = counts[truth, truth] / max(1, sum(row))
-        print(f"{name[:24]:{first}}{''.join(f'{count:{width}}' for count in row)}{recall:>8.0%}")
+        recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
+        print(f"{name[:24]:{first}}{''.join(f'{count:{width}}' for count in row)}{recall:>8}")
     print(f"{'precision':{first}}", end="")
     for label in labels:
         taken = sum(counts[truth, label] for truth in labels)

@@ -72,7 +72,9 @@ def load_meta(data_dir):
     """What meta.json holds, after its checksum is verified."""
     path, meta = Path(data_dir) / "meta.json", {}
     if not path.is_file():
-        raise UserError(f"--data_dir: no prepared data in {data_dir}; run python prepare_data.py first")
+        others = sorted(str(other.parent) for other in Path(data_dir).parent.glob("*/meta.json"))
+        raise UserError(f"--data_dir: no prepared data in {data_dir}; run python prepare_data.py first"
+                        + (f", or name {', '.join(others)}" if others else ""))
     with contextlib.suppress(UserError):  # no JSON
         meta = read_json(path)
     if (meta.get("format_version"), meta.get("checksum")) != (FORMAT_VERSION, checksum_of(meta)):

@@ -274,7 +274,10 @@ def base_of(path):
     base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is {base!r}; write there which weights it was trained on")
-    return base.removeprefix("openai-community/")
+    base = base.removeprefix("openai-community/")
+    if base not in SIZES and not REPOSITORY.fullmatch(base) and not Path(base).exists():
+        raise UserError(f"{path}: its base {base} is not there; write there as base_model_name_or_path where it is now")
+    return base
 
 
 def locate(name_or_path):

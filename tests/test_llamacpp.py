@@ -81,6 +81,7 @@ MODELFILES = {
              + "{{ end }}{{ .Response }}"),
     "text": (dict(template="text"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
     "text by a format": (dict(template="text", response_format="{a}"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
+    "two columns": (dict(prompt_format="{q}|{r}", response_format="{a}"), '"""{{ .Prompt }}{{ .Response }}'),
     "no column": (dict(prompt_format="Sing:", response_format="{a}"), '"""Sing:{{ .Response }}'),
     "a column": (dict(prompt_format="Q: {q} {{'x'}}\nA:", response_format="{a}"),
                  """Q: {{ .Prompt }} {{ "{{" }}'x'{{ "}}" }}\nA:{{ .Response }}"""),
@@ -88,8 +89,10 @@ MODELFILES = {
 
 
 @pytest.mark.parametrize("spec, end", MODELFILES.values(), ids=MODELFILES)
-def test_a_modelfile_words_the_prompt_as_training_did(spec, end, tmp_path):
+def test_a_modelfile_words_the_prompt_as_training_did(spec, end, tmp_path, capsys):
     export(gpt2_model(tmp_path / "m", **spec), tmp_path / "m.gguf")
+    said = "this model reads 2 columns: word each prompt as in '{q}|{r}'" in capsys.readouterr().out
+    assert said == ("|" in spec.get("prompt_format", ""))
     text = (tmp_path / "Modelfile").read_text()
     assert text.startswith('FROM ./m.gguf\nPARAMETER stop "<|endoftext|>"') and text.endswith(f'{end}"""\n')
 

@@ -322,10 +322,13 @@ def test_an_epoch_is_shuffled_once():
     assert examples_of_step(125, 1000, 8, seed=77).tolist() != steps[0]
 
 
-def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prepare, tmp_path):
-    one = prepare(colour_records())
+def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prepare, tmp_path, capsys):
+    one, warning = prepare(colour_records()), "held other data: what was trained on them may have seen this test.jsonl"
+    prepare(colour_records(), out_dir=one)
+    assert warning not in capsys.readouterr().out
     before = {path.name: path.read_bytes() for path in one.iterdir()}
     prepare(colour_records()[:30], out_dir=one, shard_tokens=50)
+    assert f"{one} {warning}" in capsys.readouterr().out
     (tmp_path / "link").symlink_to(one)
     prepare(colour_records(), out_dir=tmp_path / "link")
     assert (tmp_path / "link").is_symlink()

@@ -127,7 +127,7 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
     flags = dict(batch_size=1, output=str(tmp_path / "a"))
     use(model, file=str(write_lines(tmp_path / "r.jsonl", [{"question": "a"}, {"question": "bc"}])), **flags)
     assert [line for line in capsys.readouterr().out.splitlines() if " cut " in line] == [
-        "1 of 2 answers were cut by --max_new_tokens=7", "1 of 2 answers were cut by the context"]
+        "1 of 2 answers were cut after 7 tokens (--max_new_tokens)", "1 of 2 answers were cut by the context"]
 
 
 def test_an_answer_that_the_context_cuts_before_others_end_is_counted(tmp_path, capsys):
@@ -136,7 +136,7 @@ def test_an_answer_that_the_context_cuts_before_others_end_is_counted(tmp_path, 
     for batch_size in (1, 2):
         use(model, file=str(file), output=str(tmp_path / "a"), max_new_tokens=20, batch_size=batch_size)
         out = capsys.readouterr().out
-        assert "1 of 2 answers were cut by the context" in out and "1 of 2 answers were cut by --max_new" in out
+        assert "1 of 2 answers were cut by the context" in out and "1 of 2 answers were cut after 20 tokens" in out
 
 
 def test_a_model_without_wording_begins_as_it_was_trained_and_holds_one_question(tmp_path, heard):
@@ -320,7 +320,7 @@ def test_an_answer_that_is_to_name_a_class_ends_soon_after_any_of_them_unless_to
     model, file = saved(tmp_path / "m", SPECS["two"]), labelled(tmp_path, cat=3, bird=3)
     for said, longest in (({}, 8), ({"max_new_tokens": 9}, 9)):  # "bird" has four bytes
         sample.main(SampleConfig(model=model, file=file, device="cpu", output=str(tmp_path / "a"), **said))
-        assert f"6 of 6 answers were cut by --max_new_tokens={longest}" in capsys.readouterr().out
+        assert f"6 of 6 answers were cut after {longest} tokens (--max_new_tokens)" in capsys.readouterr().out
 
 
 def test_a_model_without_a_template_classifies_too(tmp_path, gpt2_encoding):
@@ -347,6 +347,10 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
     assert list(score.label_set([" pos", None, " neg", " pos"], "pos, neg,new,", loaded)) == [" pos", " neg", "new"]
     loaded.spec["response_format"] = " {label}"
     assert score.label_set([], "pos,b", loaded) == {" pos": [*b" pos", 256], " b": [*b" b", 256]}
+    capsys.readouterr()
+    assert score.label_set(["a", "b", "a"], "", loaded) == score.label_set(["a", "b", "c"], "", loaded) == {}
+    assert capsys.readouterr().out == ("2 different answers in 3 records: if they are classes, name these with "
+                                       "--labels\n")
     assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == {}  # no place for one and its stop
     with pytest.raises(UserError, match="--labels: one has 65 tokens"):
         score.label_set([], "b," + "a" * 64, loaded)

@@ -548,13 +548,17 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
     tiny(block_size=128).add_lora(4, 8.0, 0.0, []).save_adapter(tmp_path / "adapter", str(tmp_path / "whole"))
     shutil.copytree(data, long)  # its longest validation example is longer than any for training
     write_meta(long, {**meta, "train": {**meta["train"], "longest": 40}, "val": {**meta["val"], "longest": 90}})
+    own = shutil.copytree(data, str(tmp_path / "own"))
+    write_meta(own, {**meta, "model": "m"})
     before = sorted(tmp_path.rglob("*"))
     for message, out, flags in (
             ("lies in --out_dir=.*which --overwrite clears: ", "done", dict(init_from=f"{done}/best", overwrite=True)),
             ("clears: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
             ("--init_from=gpt2 needs GPT-2's encoding", "done", dict(init_from="gpt2", overwrite=True)),
             ("no model 'nowhere'", "done", dict(init_from="nowhere", overwrite=True)),
-            ("no prepared data in nowhere", "done", dict(data_dir="nowhere", overwrite=True)),
+            ("data in nowhere; run python prepare_data.py first$", "done", dict(data_dir="nowhere", overwrite=True)),
+            (f"prepare_data.py first, or name {long}, {own}$", "new", dict(data_dir=f"{own}er")),
+            ("=gpt2 needs .*: leave it out to start from m, which", "new", dict(init_from="gpt2", data_dir=own)),
             ("has 999 token ids", "new", dict(init_from=str(tmp_path / "other"))),
             ("a context of 16 tokens, the longest example", "new", dict(init_from=str(tmp_path / "short"))),
             ("64 tokens, the longest example 90", "new", dict(init_from=str(tmp_path / "middle"), data_dir=long)),
