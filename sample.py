@@ -83,7 +83,7 @@ class SampleConfig:
 
 def names_of(models):
     """The models that --model names; a path may have a comma."""
-    return [models] if Path(models).exists() else list(filter(None, map(str.strip, models.split(","))))
+    return [models] if Path(models).exists() else list(filter(None, map(str.strip, models.split(",")))) or [models]
 
 
 @dataclass
@@ -182,7 +182,7 @@ def load(config):
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or ask it alone")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
         if config.system and not models[-1].is_chat():
-            raise UserError(f"--system: {name} was trained without one, on {title_of(spec)}; leave it out")
+            raise UserError(f"--system: {name} ({title_of(spec)}) was trained without one; leave it out")
     return models
 
 

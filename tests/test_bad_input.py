@@ -490,9 +490,10 @@ SAMPLES = [
     ("--output nowhere", *file(ONE, output="no/where"), "No such file or directory"),
     *((f"--prompt {text[:20]}", TWO, dict(prompt=text), TWO_COLUMNS) for text in (
         "x", '{"title": "a", "te', '["a", "b"]', "[" * 100_000, '{"title": "a", "text": null}', '{"title": "a"}')),
+    ("--model a comma", wording(), dict(model=",", prompt="x"), "no model ','"),
     ("--model=out", lambda path: shutil.rmtree("out"), dict(model="out"), "--model=out: nothing is trained there yet"),
     ("--prompt too long", wording(), dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512: shorten it"),
-    ("--system", wording(template="alpaca"), dict(system="x", prompt="x"), "--system: model was trained without one"),
+    ("--system", wording(template="alpaca"), dict(system="x", prompt="x"), r"model \(alpaca template\) was trained"),
     ("--output a directory", *file(ONE, output="data"), "--output=data is a directory; name a file"),
     ("--export over one", wording(), dict(export="model"), "--export=model holds a model or a run already; name"),
     ("--model nowhere", wording(), dict(model="no/where/at"), "no model 'no/where/at': expected gpt2"),
