@@ -3,6 +3,7 @@
 Tensors are read one by one, so that a file is never in memory twice.
 """
 import math
+import os
 import re
 from pathlib import Path
 
@@ -272,12 +273,9 @@ def write_adapter(directory, base, config, rank, alpha, dropout, updates):
 def base_of(path):
     """The name or path of the base that an adapter_config.json names."""
     base = read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{path}: base_model_name_or_path is {base!r}; write there which weights it was trained on")
-    base = base.removeprefix("openai-community/")
-    if base not in SIZES and not REPOSITORY.fullmatch(base) and not Path(base).exists():
-        raise UserError(f"{path}: its base {base} is not there; write there as base_model_name_or_path where it is now")
-    return base
+    if not isinstance(base, str) or not (base in SIZES or REPOSITORY.fullmatch(base) or os.path.exists(base)):
+        raise UserError(f"{path}: its base {base!r} is not there; write as base_model_name_or_path where it is now")
+    return base.removeprefix("openai-community/")
 
 
 def locate(name_or_path):
