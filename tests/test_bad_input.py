@@ -432,8 +432,8 @@ ADAPTERS = [
     ("another rank", adapter(r=8), "adapter's h.0.* does not fit this model or its rank 8; name the base that it was"),
     *((f"{name}={value!r}", adapter(**{name: value}),
        f"{name}={value!r}.*in adapter_config.json make no adapter; write or download it again") for name, value in (
-        ("r", 0), ("r", "four"), ("r", None), ("lora_alpha", "16"), ("lora_alpha", math.inf), ("lora_dropout", 1.5),
-        ("lora_dropout", None))),
+        ("r", 0), ("r", 2.0), ("r", "four"), ("r", None), ("lora_alpha", "16"), ("lora_alpha", math.inf),
+        ("lora_dropout", 1.5), ("lora_dropout", None))),
     ("unknown option", adapter(use_warp=True), "the adapter's option use_warp=True is not supported; merge it into"),
     ("a base that is none", base_is(None), "its base None is not there; write as base_model_name"),
     ("a base that is a list", base_is(["gpt2"]), r"its base \['gpt2'\] is not there; write as base_model"),
