@@ -8,7 +8,6 @@ import http.client
 import os
 import re
 import urllib.error
-import urllib.parse
 import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,87 +63,77 @@ def cached(repository):
     return directory if whole else None
 
 
-class AsAnswered(urllib.request.HTTPErrorProcessor):
-    """Follows no redirect: the hub tells a file's hash with its redirect to the storage server."""
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Keeps the headers of every answer that sends on: the hub's have a file's commit and hash, the storage server's,
+    where a large file lies, have not."""
 
-    def http_response(self, request, response):
-        return response
+    def __init__(self):
+        self.headers = []
 
-    https_response = http_response
+    def redirect_request(self, request, response, code, message, headers, url):
+        self.headers.append(headers)
+        return authorised(url)
 
 
-def request(url, method):
+def authorised(url):
     """A request with the user's token, which no other server than the hub gets, by a redirect or otherwise."""
-    made, token = urllib.request.Request(url, method=method), os.environ.get("HF_TOKEN", "")
+    request, token = urllib.request.Request(url), os.environ.get("HF_TOKEN", "")
     path = Path(os.environ.get("HF_TOKEN_PATH", home() / "token")).expanduser()
     if not token and path.is_file():
         token = path.read_text()
     if token.strip() and url.startswith(f"{endpoint()}/"):
-        made.add_unredirected_header("Authorization", f"Bearer {token.strip()}")
-    return made
+        request.add_header("Authorization", f"Bearer {token.strip()}")
+    return request
 
 
-def announced(url):
-    """(address, hash, commit) of a file on the hub, which may have moved; None where there is no such file."""
-    for _ in range(5):
-        with urllib.request.build_opener(AsAnswered).open(request(url, "HEAD"), timeout=30) as response:
-            headers, code = response.headers, response.status
-        if code in (301, 302, 303, 307, 308) and re.match("/[^/]", headers.get("Location", "")):
-            url = urllib.parse.urljoin(url, headers["Location"])  # within the hub: a repository has moved
-            continue
-        if code == 404:
-            return None
-        if code >= 400:
-            raise urllib.error.HTTPError(url, code, http.client.responses.get(code, ""), headers, None)
-        digest = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
-        digest, commit = digest.removeprefix("W/").strip('"'), headers.get("X-Repo-Commit", "")
-        if re.fullmatch(r"([0-9a-f]{64}|[0-9a-f]{40}) [0-9a-f]{40}", f"{digest} {commit}"):  # they become file names
-            return url, digest, commit
-        raise ValueError(f"the answer {code} tells no hash and commit")
-    raise ValueError("redirected too often")
+def ask(url):
+    """(answer to a GET, headers on the way to it that tell a commit, or its own)."""
+    redirects = Redirects()
+    response = urllib.request.build_opener(redirects).open(authorised(url), timeout=30)
+    return response, next((found for found in redirects.headers if "X-Repo-Commit" in found), response.headers)
 
 
-def hash_of(path, digest):
-    """The file's hash of this digest's kind: SHA-256 of a large file, git's SHA-1 of a small one."""
-    if len(digest) == 64:
-        return sha256_of(path)
-    content = path.read_bytes()
+def save(response, path, title, digest=""):
+    """Writes an answer into a file; an interrupted or damaged download leaves nothing behind. digest: the hub's hash,
+    SHA-256 of a large file, git's SHA-1 of a small one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with response, atomic_file(path) as file:
+        while piece := response.read(1 << 20):
+            file.write(piece)
+            status(f"downloading {title}: {file.tell() / 1e6:,.0f} MB")
+        file.flush()
+        if file.tell() != int(response.headers.get("Content-Length") or file.tell()):
+            raise ValueError(f"{title} came cut short")
+        found = sha256_of(file.name) if len(digest) == 64 else git_hash_of(file.name)
+        if digest not in ("", found):
+            raise ValueError(f"{title} came damaged")
+
+
+def git_hash_of(path):
+    content = Path(path).read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def get(url, path, title):
-    """Downloads into a file."""
-    with urllib.request.urlopen(request(url, "GET"), timeout=30) as response, atomic_file(path) as target:
-        while piece := response.read(1 << 20):
-            target.write(piece)
-            status(f"downloading {title}: {target.tell() / 1e6:,.0f} MB")
-        if target.tell() != int(response.headers.get("Content-Length") or target.tell()):
-            raise ValueError(f"{title} came cut short")
-
-
 def fetch(repository, file):
-    """The path of a repository's file in the cache, downloaded and verified if need be; None where the hub lacks it.
-    An interrupted download leaves nothing behind."""
-    url, folder = f"{endpoint()}/{repository}/resolve/main/{file}", folder_of(repository)
-    found = announced(url)
-    if found is None:
-        return None
-    url, digest, commit = found
-    blob, snapshot = folder / "blobs" / digest, folder / "snapshots" / commit / file
-    for directory in (blob.parent, snapshot.parent, folder / "refs"):
-        directory.mkdir(parents=True, exist_ok=True)
-    if not blob.exists() or hash_of(blob, digest) != digest:
-        get(url, blob, f"{repository}/{file}")
-        if hash_of(blob, digest) != digest:
-            blob.unlink()
-            raise ValueError(f"{file} came damaged")
-    if not snapshot.exists():
-        try:
-            snapshot.symlink_to(os.path.relpath(blob, snapshot.parent))
-        except OSError:  # Windows without developer mode
-            os.replace(blob, snapshot)
+    """The path of a repository's file in the cache, downloaded if need be; None where the hub lacks it."""
+    folder, title = folder_of(repository), f"{repository}/{file}"
+    try:
+        response, told = ask(f"{endpoint()}/{repository}/resolve/main/{file}")
+    except urllib.error.HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+    commit, digest = told.get("X-Repo-Commit", ""), told.get("X-Linked-Etag") or told.get("ETag", "")
+    digest = digest.removeprefix("W/").strip('"')
+    if not re.fullmatch(r"([0-9a-f]{64}|[0-9a-f]{40}) [0-9a-f]{40}", f"{digest} {commit}"):
+        raise ValueError(f"the hub tells no hash and commit of {title}")
+    path = folder / "snapshots" / commit / file
+    if not path.is_file():
+        save(response, path, title, digest)
+    response.close()
+    (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text(commit)
-    return snapshot
+    return path
 
 
 @contextmanager
@@ -154,7 +143,8 @@ def explained(repository):
         yield
     except urllib.error.HTTPError as error:
         if error.code not in (401, 403):
-            raise UserError(f"the download of {repository} failed ({error}); try again later") from None
+            raise UserError(f"the download of {repository} failed ({error}); check the name, or try again "
+                            "later") from None
         raise UserError(f"the hub refuses {repository} ({error.code}): check the name or path; if its page asks you "
                         "to, accept its licence there; then set HF_TOKEN to a token of your account that may read it"
                         ) from None
@@ -198,9 +188,8 @@ def dataset_files(name):
     if not REPOSITORY.fullmatch(repository) or len(chosen) > 2:
         raise UserError(f"hf:{name} is no data set; write hf:owner/name, hf:owner/name:split or with :config:split")
     if not is_offline():
-        folder.mkdir(parents=True, exist_ok=True)
         with explained(repository):
-            get(f"{endpoint()}/api/datasets/{repository}/parquet", listing, repository)
+            save(ask(f"{endpoint()}/api/datasets/{repository}/parquet")[0], listing, repository)
     if not listing.is_file():
         raise UserError(f"{repository} is not in {folder.parent.parent} and HF_HUB_OFFLINE is set; unset it")
     configs = read_json(listing)
@@ -216,9 +205,8 @@ def dataset_files(name):
     for number, url in enumerate(configs[config][split]):
         paths.append(folder / config / split / f"{number:04d}.parquet")
         if not paths[-1].is_file():
-            paths[-1].parent.mkdir(parents=True, exist_ok=True)
             with explained(repository):
-                get(url, paths[-1], f"{repository} {config} {split} {number}")
+                save(ask(url)[0], paths[-1], f"{repository} {config} {split} {number}")
     return paths
 
 
