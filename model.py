@@ -1,7 +1,7 @@
-"""One decoder, GPT-2 or Llama by its configuration, in plain PyTorch, with LoRA and a key/value cache.
+"""One decoder, GPT-2, Llama or Qwen by its configuration, in plain PyTorch, with LoRA and a key/value cache.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Touvron et al. 2023, "LLaMA". Modules carry
-the names of OpenAI's release (wte, h.0.attn.c_proj ...) in both; nanosft/weights.py has those of Llama's files.
+the names of OpenAI's release (wte, h.0.attn.c_proj ...) in all; nanosft/weights.py has those of the files.
 Matrices are stored as nn.Linear has them, (out, in). All parameters rest in one dtype, which is the one computed in:
 `model.to(torch.bfloat16)`.
 
@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanosft.console import UserError
-from nanosft.weights import base_of, file_name, locate, read_adapter, read_pretrained, write_adapter, write_pretrained
+from nanosft.hub import base_of, locate
+from nanosft.weights import file_name, read_adapter, read_pretrained, write_adapter, write_pretrained
 
 IGNORE_INDEX = -100  # a target that nothing is learned from; the default of F.cross_entropy
 
@@ -39,6 +40,8 @@ class GPTConfig:
     n_inner: int = 0  # width within the MLP; 0 = 4 n_embd
     gated_mlp: bool = False  # SwiGLU (Shazeer 2020) in the place of GELU
     bias: bool = True  # of the linear layers
+    qkv_bias: bool = False  # of queries, keys and values alone, as Qwen 2 has it
+    qk_norm: bool = False  # RMSNorm of each head's query and key, as Qwen 3 has it
     rms_norm: bool = False  # RMSNorm (Zhang and Sennrich 2019) in the place of LayerNorm
     norm_eps: float = 1e-5
     rope_theta: float = 0.0  # the base of rotary positions (Su et al. 2021); 0 = learned positions
@@ -169,7 +172,10 @@ class Attention(nn.Module):
         if config.fused_qkv:
             self.c_attn = nn.Linear(C, sum(self.heads) * D, config.bias)
         else:
-            self.c_q, self.c_k, self.c_v = (nn.Linear(C, heads * D, config.bias) for heads in self.heads)
+            bias = config.bias or config.qkv_bias
+            self.c_q, self.c_k, self.c_v = (nn.Linear(C, heads * D, bias) for heads in self.heads)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(D, config.norm_eps), RMSNorm(D, config.norm_eps)
         self.c_proj = nn.Linear(config.n_head * D, C, config.bias)
 
     def forward(self, x, packing, cache=None):
@@ -179,6 +185,8 @@ class Attention(nn.Module):
         qkv = qkv.view(len(x), -1, D)  # (N, heads of all three, head_dim)
         if packing.rotary is not None:
             qk, v = qkv.split([n_head + n_kv_head, n_kv_head], 1)
+            if self.config.qk_norm:
+                qk = torch.cat([self.q_norm(qk[:, :n_head]), self.k_norm(qk[:, n_head:])], 1)
             qkv = torch.cat([rotate(qk, *packing.rotary), v], 1)
         if packing.cu_seqlens is not None:
             q, k, v = qkv.split(self.heads, 1)

@@ -29,11 +29,11 @@ from nanosft.chat_template import ROLES, read_chat_template
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
-from nanosft.hub import TOKENIZER
+from nanosft.hub import TOKENIZER, base_of, locate
 from nanosft.records import Unusable, is_missing, to_messages
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
 from nanosft.sources import SEPARATOR, kind_of, paths_of, read_records
-from nanosft.weights import base_of, locate, read_config
+from nanosft.weights import read_config
 
 # what an out_dir may hold to be written anew
 OURS = re.compile("|".join([r"meta\.json", r"test\.jsonl", r"(train|val)_\d{5}\.npy", *map(re.escape, TOKENIZER)]))

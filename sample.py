@@ -26,12 +26,12 @@ from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
 from nanosft.flags import check, run
+from nanosft.hub import base_of, locate, weight_files
 from nanosft.records import NAME, Message, take, text_of, to_messages
 from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import UNREADABLE, open_text, paths_of, read_records
 from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token, title_of
-from nanosft.weights import base_of, locate, weight_files
 
 
 @dataclass(frozen=True)

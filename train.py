@@ -1,4 +1,4 @@
-"""Trains a GPT-2 or a Llama on the shards that prepare_data.py wrote.
+"""Trains a GPT-2, a Llama or a Qwen on the shards that prepare_data.py wrote.
 
     python train.py                                        # the demo
     python train.py --data_dir=data/mine --init_from=gpt2  # GPT-2's weights
@@ -30,10 +30,10 @@ from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.distributed import all_reduce, interrupts, process_group, rank_and_world_size, sum_over_processes
 from nanosft.files import sha256_of, write_json
 from nanosft.flags import check, run
+from nanosft.hub import SIZES, locate, weight_files
 from nanosft.optimizer import AdamW
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches
 from nanosft.templates import bring_tokenizer, copy_tokenizer, get_encoding
-from nanosft.weights import SIZES, locate, weight_files
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def build_model(config, meta, checkpoint, dtype):
         raise UserError(f"--init_from={init_from} needs GPT-2's encoding, {config.data_dir} is in {meta['encoding']}: "
                         f"{remedy}")
     model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
-    if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 128:  # some pad it for speed
+    if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 512:  # some pad it for speed
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: name other data with --data_dir, or prepare "
                         "it with the model's encoding")

@@ -69,6 +69,8 @@ def render_roles(source, roles, bos, eos, specials):
         if role == "assistant":
             prompt = render(source, roles[:index], True, bos, eos)
             if not text.startswith(prompt):
+                if roles[-1] != "assistant":
+                    continue  # in a prompt nothing is learned, and a template may have shortened earlier answers
                 raise Unusable(UNFIT, f"its prompt is not the beginning of {' + '.join(roles)}; {REMEDY}")
             chunks.append(prompt[start:])
             start = len(prompt)
@@ -101,7 +103,7 @@ def render(source, roles, prompting, bos, eos):
     said = " + ".join(roles) or "an answer without a question"
     try:
         text = compile_template(source).render(messages=messages, add_generation_prompt=prompting, bos_token=bos,
-                                               eos_token=eos, tools=None, documents=None)
+                                               eos_token=eos, tools=None, documents=None, enable_thinking=False)
     except Exception as error:  # the template's own, for nothing else runs in there
         raise Unusable(UNFIT, f"it fails on {said}: {error}; {remedy}") from None
     if [piece.strip(PAD) for piece in re.findall(PLACEHOLDER, text)] != marks:

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub, in the hub's usual cache, where other programs find them too.
+"""Where a model lies: on disk, or on the Hugging Face hub, in the hub's usual cache; and the hub's data sets.
 
 HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_TOKEN_PATH mean what they mean there. A repository
 is `owner/name`.
@@ -18,6 +18,9 @@ from nanosft.files import atomic_file, read_json, sha256_of
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
 SAFE = re.compile(r"[\w-][\w. -]*")  # a name that may become a directory's
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor stands in which
+# n_layer, n_head, n_embd of OpenAI's weights
+SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
+PICKLES = (".bin", ".pt", ".pth")  # what torch.save writes
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
              "generation_config.json")  # what lies beside the weights, where a model has it
 
@@ -175,6 +178,43 @@ def download(repository):
     if not cached(repository):
         raise UserError(f"{repository} has no {weights}: take another copy of it")
     return config.parent
+
+
+# ---- where a model lies ---------------------------------------------------------------------------------------------
+
+def base_of(path):
+    """The name or path of the base that an adapter_config.json names."""
+    base = read_json(path).get("base_model_name_or_path")
+    if not isinstance(base, str) or not (base in SIZES or REPOSITORY.fullmatch(base) or os.path.exists(base)):
+        raise UserError(f"{path}: its base {base!r} is not there; write as base_model_name_or_path where it is now")
+    return base.removeprefix("openai-community/")
+
+
+def locate(name_or_path):
+    """The weights file, or the index of several, behind a name on the hub (downloaded on first use), a directory or a
+    file."""
+    path = Path(name_or_path)
+    is_name = name_or_path in SIZES or REPOSITORY.fullmatch(name_or_path)
+    if is_name and not path.exists():
+        repository = name_or_path if "/" in name_or_path else f"openai-community/{name_or_path}"
+        path = cached(repository) or cached(name_or_path) or download(repository)  # many caches know gpt2 as such
+    for directory in (path / "best", path / "last", path):
+        for name in ("adapter_config.json", "model.safetensors", INDEX, "pytorch_model.bin"):
+            if (directory / name).is_file():
+                return directory / name
+    if path.is_dir():
+        raise UserError(f"{path} holds neither model.safetensors nor its index nor pytorch_model.bin nor "
+                        "adapter_config.json: name a directory with a model")
+    if not path.is_file() or path.suffix not in (".safetensors", *PICKLES) and path.name != INDEX:
+        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, a name owner/name on the hub, or the "
+                        "path of a Hugging Face directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an "
+                        "out_dir of train.py, once that has run")
+    return path
+
+
+def weight_files(path):
+    """What locate has found, or the files that it names where it is their index."""
+    return shards_of(path) if path.name == INDEX else [path]
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------

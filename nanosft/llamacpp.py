@@ -9,11 +9,12 @@ from nanosft.console import UserError
 from nanosft.files import atomic_file, read_json
 from nanosft.records import NAME, Message
 from nanosft.templates import EOT, chat_template, render
-from nanosft.tokenizer import DIGITS, GPT2, LLAMA3
+from nanosft.tokenizer import DIGITS, GPT2, LLAMA3, QWEN
 from nanosft.weights import family_of, file_name
 
 TYPES = ("f16", "f32", "bf16", "q8_0")  # of the matrices
-PRE_TOKENIZERS = {GPT2: "gpt-2", DIGITS: "smollm", LLAMA3: "llama-bpe"}  # llama.cpp's names of what cuts a text
+# llama.cpp's names of what cuts a text
+PRE_TOKENIZERS = {GPT2: "gpt-2", DIGITS: "smollm", LLAMA3: "llama-bpe", QWEN: "qwen2"}
 
 
 def write_gguf(path, loaded, kind):
@@ -42,7 +43,7 @@ def write_gguf(path, loaded, kind):
         for name, tensor in loaded.model.named_parameters():
             tensor = tensor.detach().float()
             for layer, heads in (("attn.c_q.", config.n_head), ("attn.c_k.", config.n_kv_head)):
-                if layer in name:
+                if layer in name and family_of(config) == "llama":
                     tensor = interleave(tensor, heads)
             is_small = tensor.dim() == 1 or name.startswith("wpe")
             data_type = type_of.F32 if is_small else getattr(type_of, kind.upper())
@@ -82,14 +83,16 @@ def add_tokenizer(writer, gguf, loaded):
     if not pre:
         raise UserError(f"--export: llama.cpp has no name for the pre-tokenizer of {loaded.directory}; "
                         "export a directory instead")
-    special = {token["id"]: token["content"] for token in values["added_tokens"]}
-    texts = {token: text for text, token in values["model"]["vocab"].items()} | special
     ids, kind = range(loaded.model.config.vocab_size), gguf.TokenType
+    texts = {token: text for text, token in values["model"]["vocab"].items()}
+    kinds = dict.fromkeys(texts, kind.NORMAL)
+    for token in values["added_tokens"]:
+        texts[token["id"]] = token["content"]
+        kinds[token["id"]] = kind.CONTROL if token["special"] else kind.USER_DEFINED
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list([texts.get(token, f"[PAD{token}]") for token in ids])
-    writer.add_token_types([kind.CONTROL if token in special else kind.NORMAL if token in texts else kind.UNUSED
-                            for token in ids])
+    writer.add_token_types([kinds.get(token, kind.UNUSED) for token in ids])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge)
                              for merge in values["model"]["merges"]])
     bos = getattr(encoding, "bos_token", None)

@@ -1,4 +1,5 @@
-"""A model's own tokenizer.json as a tiktoken encoding, where it is a byte-level BPE: GPT-2, Llama 3, SmolLM2."""
+"""A model's own tokenizer.json as a tiktoken encoding, where it is a byte-level BPE: GPT-2, Llama 3, SmolLM2, Qwen."""
+import unicodedata
 from pathlib import Path
 
 import regex  # comes with tiktoken
@@ -13,6 +14,7 @@ GPT2 = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s+(?!\S)|
 DIGITS = r"'(?:[sdmt]|ll|re|ve)| ?\p{L}++|\p{N}| ?[^\s\p{L}\p{N}]++|\s++(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")  # what Llama 3's file says
+QWEN = LLAMA3.replace("{1,3}", "")  # what those of Qwen 2 and 3 say: every digit by itself
 
 # The file spells each byte as one letter: a visible one of Latin-1 as itself, the 68 others as U+0100 and what follows.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -23,11 +25,16 @@ BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(256 + n): byte for n, byte 
 class Tokenizer(tiktoken.Encoding):
     """An encoding with a model's own special tokens: `eos_token` and `bos_token` are the texts of those that end and
     begin a text; `starts_with_bos` says whether the file puts the latter first. `pattern`: how it cuts a text, as GPT2,
-    DIGITS or its own. `lacking`: the bytes without an id."""
+    DIGITS or its own. `lacking`: the bytes without an id. `added`: the tokens that texts are searched for, though no
+    merge makes them. `is_composed`: a text is put into Unicode's form NFC first."""
     eot_token = None  # the id of eos_token: an attribute, in the place of tiktoken's property
 
     def encode_ordinary(self, text):
         """The ids of a text; no special token is found in it. Lacking bytes go first: their neighbours may merge."""
+        if self.is_composed:
+            text = unicodedata.normalize("NFC", text)
+        if self.added:
+            return self.encode(text, allowed_special=self.added, disallowed_special=())
         if not self.lacking:
             return super().encode_ordinary(text)
         data = text.encode(errors="replace")
@@ -52,7 +59,7 @@ def read_tokenizer(path):
 
 def convert(path, values):
     def refuse(what):
-        raise UserError(f"{path} has {what}; take a model with a byte-level BPE (GPT-2, Llama 3, SmolLM2), or prepare "
+        raise UserError(f"{path} has {what}; take a model with a byte-level BPE (GPT-2, Llama 3, Qwen), or prepare "
                         "with --encoding=gpt2")
 
     model, vocabulary = values["model"], values["model"]["vocab"]
@@ -61,11 +68,12 @@ def convert(path, values):
     for key in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             refuse(f"{key}={model[key]}")
-    if values["normalizer"]:
-        refuse(f"a normalizer, {values['normalizer']['type']}")
+    normalizer = (values["normalizer"] or {}).get("type")
+    if normalizer not in (None, "NFC"):
+        refuse(f"a normalizer, {normalizer}")
     for token in values["added_tokens"]:
-        if not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"]:
-            refuse(f"an added token that is not special, or depends on what is beside it: {token['content']}")
+        if token["lstrip"] or token["rstrip"] or token["single_word"]:
+            refuse(f"an added token that depends on what is beside it: {token['content']}")
     special = {token["content"]: token["id"] for token in values["added_tokens"]}
 
     steps = (values["pre_tokenizer"] or {}).get("pretokenizers", [values["pre_tokenizer"]])
@@ -92,10 +100,11 @@ def convert(path, values):
     if order != sorted(order) or len({*ranks.values()}) < len(ranks):
         refuse("merges in another order than their ids, or one id twice")
     tokenizer = Tokenizer("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-    tokenizer.pattern = cut
+    tokenizer.pattern, tokenizer.is_composed = cut, normalizer == "NFC"
+    tokenizer.added = {token["content"] for token in values["added_tokens"] if not token["special"]}
     tokenizer.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
-    if tokenizer.lacking and model.get("unk_token"):
-        refuse(f"unk_token={model['unk_token']} and not every byte")
+    if tokenizer.lacking and (tokenizer.added or model.get("unk_token")):
+        refuse(f"added tokens that are not special, or unk_token={model.get('unk_token')}, and not every byte")
     if not model.get("ignore_merges"):  # tiktoken takes a piece that is a token as it is, `tokenizers` merges its bytes
         mark = b"\xff"  # stands in no text, so that nothing merges with it, and no piece with it is a token
         probe = tiktoken.Encoding("", pat_str="", mergeable_ranks={mark: tokenizer.n_vocab, **ranks}, special_tokens={})

@@ -3,7 +3,6 @@
 Tensors are read one by one, so that a file is never in memory twice.
 """
 import math
-import os
 import re
 from pathlib import Path
 
@@ -11,17 +10,16 @@ import torch
 
 from nanosft.console import UserError
 from nanosft.files import read_json, write_json
-from nanosft.hub import INDEX, REPOSITORY, cached, download, shards_of
+from nanosft.hub import PICKLES, weight_files
 from nanosft.tensors import read_pickle, read_safetensors, taken_from, write_safetensors
-
-# n_layer, n_head, n_embd of OpenAI's weights
-SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 
 # what model.py computes, in the words of config.json; a value that is not named there is the one here
 ARCHITECTURE = {
     "gpt2": {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True},
-    "llama": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}}
+    "llama": {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "qwen2": {"model_type": "qwen2", "hidden_act": "silu", "use_sliding_window": False},
+    "qwen3": {"model_type": "qwen3", "hidden_act": "silu", "use_sliding_window": False, "attention_bias": False}}
 # GPTConfig's numbers by their names there
 NUMBERS = {
     "gpt2": {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head",
@@ -29,21 +27,23 @@ NUMBERS = {
     "llama": {"block_size": "max_position_embeddings", "vocab_size": "vocab_size", "n_layer": "num_hidden_layers",
               "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_kv_head": "num_key_value_heads",
               "head_dim": "head_dim", "n_inner": "intermediate_size"}}
+NUMBERS |= dict.fromkeys(("qwen2", "qwen3"), NUMBERS["llama"])
 LLAMA = dict(fused_qkv=False, gated_mlp=True, bias=False, rms_norm=True)  # in GPTConfig
-PREFIX = {"gpt2": "transformer.", "llama": "model."}  # of names of tensors in files
 PREFIXES = re.compile(r"^((transformer|model|module|_orig_mod)\.)+")  # those that some files lack or add
 RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm.",
            "ln_f.": "norm.", "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj",
-           "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj",
-           "mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}  # model.py's names in Llama's files
+           "attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "attn.q_norm": "self_attn.q_norm",
+           "attn.k_norm": "self_attn.k_norm", "mlp.c_gate": "mlp.gate_proj", "mlp.c_fc": "mlp.up_proj",
+           "mlp.c_proj": "mlp.down_proj"}  # model.py's names in the files of all but GPT-2
 TRANSPOSED = re.compile(r"(c_attn|c_proj|c_fc)\.weight$")  # GPT-2's files hold these as (in, out)
 BIASED = re.compile(r"(ln_.|c_\w+)\.weight$")
-PICKLES = (".bin", ".pt", ".pth")  # what torch.save writes
 MASKS = re.compile(r"h\.\d+\.(attn\.(masked_)?bias|self_attn\.rotary_emb\.inv_freq)")  # no weights, in old files
 
 
 def family_of(config):
-    return "llama" if config.rope_theta else "gpt2"
+    if not config.rope_theta:
+        return "gpt2"
+    return "qwen3" if config.qk_norm else "qwen2" if config.qkv_bias else "llama"
 
 
 def rename(name, names):
@@ -55,13 +55,13 @@ def file_name(config, name):
     """The name that a layer or tensor of model.py has in the family's files."""
     if name.startswith("lm_head"):
         return name
-    return PREFIX[family_of(config)] + (rename(name, RENAMED) if config.rope_theta else name)
+    return f"model.{rename(name, RENAMED)}" if config.rope_theta else f"transformer.{name}"
 
 
 def own_name(family, name):
     """The name in model.py of a layer or tensor of the family's files."""
     name = PREFIXES.sub("", name)
-    return rename(name, {theirs: ours for ours, theirs in RENAMED.items()}) if family == "llama" else name
+    return rename(name, {theirs: ours for ours, theirs in RENAMED.items()}) if family != "gpt2" else name
 
 
 # ---- configuration --------------------------------------------------------------------------------------------------
@@ -91,7 +91,8 @@ def read_config(path):
     values = read_json(path)
     family = str(values.get("model_type", "gpt2"))
     if family not in ARCHITECTURE:
-        raise UserError(f"{path}: model_type is {family!r}; only gpt2 and llama are supported: take a GPT-2 or a Llama")
+        raise UserError(f"{path}: model_type is {family!r}; only {', '.join(ARCHITECTURE)} are supported: take "
+                        "one of these")
     for name, ours in ARCHITECTURE[family].items():
         if values.get(name, ours) != ours:
             raise UserError(f"{path}: {name} is {values[name]!r}; only {family}'s own {ours!r} is supported: take "
@@ -116,7 +117,8 @@ def read_config(path):
     epsilon = values.get("rms_norm_eps", 1e-6)
     if not all(isinstance(number, int | float) and number > 0 for number in (theta, epsilon)):
         raise UserError(f"{path}: rms_norm_eps, rope_theta or rope_scaling is no number; download or write it again")
-    return family, {**LLAMA, **numbers, "norm_eps": epsilon, "rope_theta": float(theta), "rope_scaling": scaling,
+    flags = {**LLAMA, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
+    return family, {**flags, **numbers, "norm_eps": epsilon, "rope_theta": float(theta), "rope_scaling": scaling,
                     "tied_head": bool(values.get("tie_word_embeddings", False))}
 
 
@@ -137,9 +139,9 @@ def config_from(state, path):
 
 def write_config(path, config, dtype):
     family = family_of(config)
-    values = {"architectures": [{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]],
-              **ARCHITECTURE[family], "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
-              "torch_dtype": str(dtype)[6:],
+    values = {"architectures": ["GPT2LMHeadModel" if family == "gpt2" else f"{family.capitalize()}ForCausalLM"],
+              **ARCHITECTURE[family], "torch_dtype": str(dtype)[6:],
+              "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
               **{theirs: getattr(config, ours) for ours, theirs in NUMBERS[family].items()}}
     if family == "gpt2":
         values |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -177,11 +179,6 @@ def lay(state):
     elif not any(name.endswith("c_attn.bias") for name in state):
         for name in list(filter(BIASED.search, state)):
             state.setdefault(name.removesuffix("weight") + "bias", state[name].new_zeros(state[name].shape[:1]))
-
-
-def weight_files(path):
-    """What locate has found, or the files that it names where it is their index."""
-    return shards_of(path) if path.name == INDEX else [path]
 
 
 def read_pretrained(path, dtype):
@@ -268,33 +265,3 @@ def write_adapter(directory, base, config, rank, alpha, dropout, updates):
         "lora_dropout": dropout, "bias": "none", "fan_in_fan_out": family_of(config) == "gpt2",
         "inference_mode": True,
         "target_modules": sorted({re.sub(r".*\.\d+\.", "", file_name(config, layer)) for layer in updates})})
-
-
-def base_of(path):
-    """The name or path of the base that an adapter_config.json names."""
-    base = read_json(path).get("base_model_name_or_path")
-    if not isinstance(base, str) or not (base in SIZES or REPOSITORY.fullmatch(base) or os.path.exists(base)):
-        raise UserError(f"{path}: its base {base!r} is not there; write as base_model_name_or_path where it is now")
-    return base.removeprefix("openai-community/")
-
-
-def locate(name_or_path):
-    """The weights file, or the index of several, behind a name on the hub (downloaded on first use), a directory or a
-    file."""
-    path = Path(name_or_path)
-    is_name = name_or_path in SIZES or REPOSITORY.fullmatch(name_or_path)
-    if is_name and not path.exists():
-        repository = name_or_path if "/" in name_or_path else f"openai-community/{name_or_path}"
-        path = cached(repository) or cached(name_or_path) or download(repository)  # many caches know gpt2 as such
-    for directory in (path / "best", path / "last", path):
-        for name in ("adapter_config.json", "model.safetensors", INDEX, "pytorch_model.bin"):
-            if (directory / name).is_file():
-                return directory / name
-    if path.is_dir():
-        raise UserError(f"{path} holds neither model.safetensors nor its index nor pytorch_model.bin nor "
-                        "adapter_config.json: name a directory with a model")
-    if not path.is_file() or path.suffix not in (".safetensors", *PICKLES) and path.name != INDEX:
-        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, a name owner/name on the hub, or the "
-                        "path of a Hugging Face directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an "
-                        "out_dir of train.py, once that has run")
-    return path

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 LLAMA = os.getenv("NANOSFT_SMOLLM2", os.path.join(tempfile.gettempdir(), "smollm2"))
 sys.path.insert(0, str(ROOT))
-from nanosft.weights import SIZES  # noqa: E402
+from nanosft.hub import SIZES  # noqa: E402
 
 CONTENDERS = {"full": {}, "low-memory": {"low_memory": True}, "lora": {"lora_rank": 8},
               "float32": {"dtype": "float32"}, "lora-float32": {"lora_rank": 8, "dtype": "float32"}}

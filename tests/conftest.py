@@ -67,7 +67,11 @@ def chat_model(path):
     return str(path)
 
 
-FAMILIES = {"gpt2": tiny, "llama": tiny_llama}
+def tiny_qwen(seed=0, std=0.1, **changes):
+    return tiny_llama(seed, std, **{"qk_norm": True, "rope_scaling": None, **changes})
+
+
+FAMILIES = {"gpt2": tiny, "llama": tiny_llama, "qwen3": tiny_qwen}
 
 
 @pytest.fixture(params=FAMILIES)

@@ -59,9 +59,13 @@ MUTATIONS = {
     "rotary positions not scaled": ('''speeds * (kept + (1 - kept) / scaling["factor"])''', '''speeds'''),
     "gate and value swapped": ('''F.silu(gate) * x''', '''F.silu(x) * gate'''),
     "keys shared by the wrong queries": ('''q = q.reshape(B, n_kv_head, -1, D)''', '''q = q.view(B, -1, n_kv_head, D).transpose(1, 2)'''),
+    "queries not normalised": ('''[self.q_norm(qk[:, :n_head]),''', '''[qk[:, :n_head],'''),
     # files
-    "token sent to another host": ('''made.add_unredirected_header''', '''made.add_header'''),
-    "damaged download kept": ('''        if hash_of(blob, digest) != digest:\n            blob''', '''        if False:\n            blob'''),
+    "texts not composed": ('''if self.is_composed:''', '''if False:'''),
+    "added tokens not found in texts": ('''if self.added:''', '''if False:'''),
+    "thinking not off": (''', enable_thinking=False)''', ''')'''),
+    "token sent to another host": ('''if token.strip() and url.startswith(f"{endpoint()}/"):''', '''if token.strip():'''),
+    "damaged download kept": ('''if digest not in ("", found):''', '''if False:'''),
     "tokenizer left behind": ('''    copy_tokenizer(run.tokenizer, directory, run.spec)''', '''    pass'''),
     # optimizer
     "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)\n        self.masters = {name: p.detach()'''),
@@ -122,7 +126,8 @@ TESTS = {"prepare_data.py": ["sources", "prepare_data"], "model.py": ["model", "
          "optimizer.py": ["optimizer", "train"], "records.py": ["sources", "prepare_data"], "sources.py": ["sources"], "llamacpp.py": ["llamacpp"],
          "report.py": ["train"], "pictures.py": ["train"],
          "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
-         "hub.py": ["weights"], "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}
+         "hub.py": ["weights"], "tokenizer.py": ["tokenizer"], "chat_template.py": ["chat_template"],
+         "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}
 
 
 def where(name):

@@ -131,11 +131,11 @@ def encode(segments, tokenizer, ordinary):
     return ids, flags
 
 
-def apply(messages, tokenizer, tokenize=True):
+def apply(messages, tokenizer, tokenize=True, **options):
     """The ids, or the text, of transformers. The date is the one that our rendering, which has no clock, takes."""
     chat = [{"role": role, "content": fields["content"]} for role, fields, _ in messages]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=messages[-1][0] != "assistant", return_dict=False,
-                                         tokenize=tokenize, date_string="01 Jan 2025")
+                                         tokenize=tokenize, date_string="01 Jan 2025", **options)
 
 
 def check_conversation(messages, tokenizer, ordinary):
@@ -243,6 +243,39 @@ def test_a_pair_of_texts_is_a_question_and_its_answer():
     pair = [Message("prompt", {"title": "A", "abstract": "B"}), Message("completion", {"text": "C"})]
     assert render_chat_template(pair, chatml()) == render_chat_template(
         [Message("user", {"content": "A\n\nB"}), Message("assistant", {"content": "C"})], chatml())
+
+
+THINKING = """\
+{%- for m in messages %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.last %}
+        {{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+{%- endif %}
+"""
+
+
+def test_where_thinking_can_be_off_it_is_and_earlier_answers_come_without(monkeypatch):
+    """In the manner of Qwen 3: the last answer is written after an empty thought, which the prompt holds."""
+    specials = ["<|im_start|>", "<think>", "</think>"]
+    monkeypatch.setitem(FAMILIES, "thinking", (THINKING, "", "<|im_end|>", specials, True))
+    (tokenizer, ordinary), draw = byte_level("thinking", "llama3"), random.Random(3)
+    for system in (False, True):
+        for _ in range(20):
+            messages = conversation(draw, 5, system)
+            for turns in (1, 2, 3, 5):
+                given = messages[:system + turns]
+                ids, flags = encode(render_chat_template(given, spec_of(tokenizer)), tokenizer, ordinary)
+                assert ids == apply(given, tokenizer, enable_thinking=False)
+                assert any(flags) == (turns == 2)
+    check_conversation(messages[:3], tokenizer, ordinary)
+    with pytest.raises(UserError, match="the chat template does not fit: its prompt is not the beginning of system"):
+        render_chat_template(messages[:5], spec_of(tokenizer))
 
 
 @pytest.mark.parametrize("filter, method", [("", str), (" | trim", str.strip), (".strip()", str.strip),

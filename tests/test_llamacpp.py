@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_logits, chat_model, tiny, tiny_llama, with_lora
+from conftest import assert_same_logits, chat_model, tiny, tiny_llama, tiny_qwen, with_lora
 from test_tokenizer import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +42,15 @@ def export(model, path, kind="f32"):
     return path
 
 
-MODELS = {"gpt2": gpt2_model, "llama": llama_model}
+def qwen_model(path):
+    """With heads of 128, which transformers takes for granted in a GGUF."""
+    chat_model(path)
+    tiny_qwen(vocab_size=2600, block_size=256, n_embd=64, head_dim=128).save_pretrained(path)
+    (path / "tokenizer.json").write_text(trained("Qwen"), encoding="utf-8")
+    return str(path)
+
+
+MODELS = {"gpt2": gpt2_model, "llama": llama_model, "qwen3": qwen_model}
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 from conftest import ROOT, SHARED
-from tokenizers import Regex, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
 from nanosft.console import UserError
 from nanosft.tokenizer import BYTES, read_tokenizer
@@ -21,6 +21,7 @@ from nanosft.tokenizer import BYTES, read_tokenizer
 SMOLLM2 = Path(os.getenv("NANOSFT_SMOLLM2") or Path(tempfile.gettempdir()) / "smollm2")
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
           r"|\s+(?!\S)|\s+")
+QWEN = LLAMA3.replace("{1,3}", "")
 SPECIAL = ["<|begin_of_text|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 GPT2_STEP = pre_tokenizers.ByteLevel(add_prefix_space=False)
 BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -28,6 +29,7 @@ STEPS = {
     "GPT-2": GPT2_STEP,
     "SmolLM2": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), GPT2_STEP]),
     "Llama 3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3), "isolated"), BYTES_ONLY]),
+    "Qwen": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(QWEN), "isolated"), BYTES_ONLY]),
     "words": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex("([a-z])+|[0-9]+"), "isolated"), BYTES_ONLY]),
 }
 
@@ -37,7 +39,7 @@ WORDS = """the The THE of and to cat's CAT'S don't DON'T we've We'LL I'm I'M the
     rock'n'roll naïve Ünïcödé straße ǅungla İstanbul e\u0301te\u0301 H₂O x² ½ Ⅷ ①② ٣٤٥ १२३ 一二三 你好，世界 深度学习
     今日は カタカナ 한국어 สวัสดี שלום مرحبا नमस्ते Привет мир Ελληνικά ქართული 😀 😀😃 👩‍👩‍👧 🇫🇷🇩🇪 👍🏽 ❤️ 🏴󠁧󠁢󠁥󠁮󠁧󠁿 def f(x):
     return x**2 != 0x1F; // http://a.b/c?d=e#f a_b-c... !!! ?! -- «» “” ‘’ ’s …… <|endoftext|>
-    <|im_start|>user <|im_end|> \ufffd \ufeff \u200b \u200d \u00ad""".split()
+    <|im_start|>user <|im_end|> <tool_call> </tool_call> \ufffd \ufeff \u200b \u200d \u00ad""".split()
 SPACES = [" ", "  ", "   ", "\t", "\n", "\r\n", "\r", "\n\n", " \n", "\n ", "\v", "\f", "\x1c", "\x85", "\xa0",
           "\u200a", "\u2028", "\u2029", "\u3000"]
 
@@ -98,15 +100,20 @@ def splits(ids):
 @cache
 def trained(steps, ignore_merges=False, every_byte=True, every_split=False):
     """The text of a small tokenizer.json. Without `every_byte` its vocabulary lacks those that no sentence holds. With
-    `every_split` its merges are all that its vocabulary allows."""
+    `every_split` its merges are all that its vocabulary allows. Qwen's puts texts into Unicode's form NFC and looks for
+    tokens in them."""
     tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = STEPS[steps]
+    if steps == "Qwen":
+        tokenizer.normalizer = normalizers.NFC()
     alphabet = pre_tokenizers.ByteLevel.alphabet() if every_byte else []
     texts = sentences() + WORDS * 3 + (random_texts(2000, seed=1) if every_byte else [])
     texts = [text for text in texts if "|>" not in text]  # nor does a trainer see special tokens in its texts
     trainer = trainers.BpeTrainer(vocab_size=2500, special_tokens=SPECIAL, initial_alphabet=alphabet,
                                   show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
+    if steps == "Qwen" and every_byte:
+        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<tool_call>", "</tool_call>")])
     values = json.loads(tokenizer.to_str())
     if every_split:
         values["model"]["merges"] = splits(values["model"]["vocab"])
@@ -136,7 +143,8 @@ def assert_equal_ids(path, texts):
     for text, encoded in zip(texts, theirs.encode_batch(texts, add_special_tokens=False), strict=True):
         ids = tokenizer.encode_ordinary(text)
         assert ids == encoded.ids, ascii(text)
-        assert tokenizer.decode_bytes(ids) == text.encode().translate(None, tokenizer.lacking), ascii(text)
+        kept = unicodedata.normalize("NFC", text) if tokenizer.is_composed else text
+        assert tokenizer.decode_bytes(ids) == kept.encode().translate(None, tokenizer.lacking), ascii(text)
     return tokenizer
 
 
@@ -265,7 +273,7 @@ BYTE_STEP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     ("model", {"end_of_word_suffix": "</w>"}, "has end_of_word_suffix=</w>" + TAKE),
     ("model", {"merges": ["th e", "t h"]}, "has merges in another order than their ids" + TAKE),
     ("model", {"vocab": {"a": 0, "b": 0}, "merges": []}, "or one id twice" + TAKE),
-    ("", {"normalizer": {"type": "NFC"}}, "has a normalizer, NFC" + TAKE),
+    ("", {"normalizer": {"type": "NFKC"}}, "has a normalizer, NFKC" + TAKE),
     ("", {"pre_tokenizer": None}, "has the pre-tokenizer .None" + TAKE),
     ("", {"pre_tokenizer": {"type": "Metaspace"}}, "has the pre-tokenizer .*Metaspace" + TAKE),
     ("", {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "has .*'add_prefix_space': True" + TAKE),
@@ -276,8 +284,7 @@ BYTE_STEP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
      "'behavior': 'Removed'" + TAKE),
     ("", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPLIT, "invert": True}, BYTE_STEP]}},
      "'invert': True" + TAKE),
-    ("added", {"special": False}, "an added token that is not special, .* <.endoftext.>" + TAKE),
-    ("added", {"lstrip": True}, "or depends on what is beside it: <.endoftext.>" + TAKE),
+    ("added", {"lstrip": True}, "an added token that depends on what is beside it: <.endoftext.>" + TAKE),
     ("added", {"content": "<|end|>"}, "no added token <.endoftext.>: name one .* as eos_token in tokenizer_config"),
 ])
 def test_what_differs_is_refused_by_its_name(tmp_path, where, changes, message):
@@ -307,7 +314,9 @@ def test_a_lacking_byte_that_has_the_unknown_token_is_refused(tmp_path):
     values["model"]["unk_token"] = "<|endoftext|>"
     assert_equal_ids(saved(tmp_path, values), ["abc"])  # nothing is unknown
     del values["model"]["vocab"]["z"]
-    refused(saved(tmp_path, values), re.escape("has unk_token=<|endoftext|> and not every byte") + TAKE)
+    refused(saved(tmp_path, values), re.escape("or unk_token=<|endoftext|>, and not every byte") + TAKE)
+    values["model"]["unk_token"], values["added_tokens"][0]["special"] = None, False
+    refused(saved(tmp_path, values), "has added tokens that are not special, .*, and not every byte" + TAKE)
 
 
 @pytest.mark.parametrize("where, changes", [

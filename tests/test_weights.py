@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from model import GPT
 from nanosft.console import UserError
-from nanosft.hub import INDEX
+from nanosft.hub import INDEX, locate
 from nanosft.tensors import read_safetensors, write_safetensors
-from nanosft.weights import TRANSPOSED, locate, read_saved
+from nanosft.weights import TRANSPOSED, read_saved
 
 
 def with_config(path, model, change):
@@ -87,8 +87,9 @@ def test_an_old_file_of_the_hubs_loads(family, tmp_path):
         ({"scale_attn_weights": False}, "scale_attn_weights"), ({"tie_word_embeddings": False}, "tie_word"),
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"), ({"n_head": 5}, "no multiple"))),
     *((tiny_llama, *row) for row in (
-        *(({"model_type": other}, f"model_type is '{other}'; only gpt2 and llama are supported: take a")
-          for other in ("qwen2", "gemma", "gpt_neox")),
+        *(({"model_type": other}, f"model_type is '{other}'; only gpt2, llama, qwen2, qwen3 are supported: take one of")
+          for other in ("mistral", "gemma", "gpt_neox")),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; only qwen2's own False is"),
         ({"attention_bias": True}, "attention_bias is True; only llama's own False is supported: take another llama"),
         ({"mlp_bias": True}, "mlp_bias is True"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only llama's own"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; only default and llama3 are"),
@@ -318,8 +319,8 @@ def test_a_broken_download_leaves_no_weights_and_says_what_to_do(fault, message,
 
 # ---- adapters -------------------------------------------------------------------------------------------------------
 
-TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc", "attn.c_proj"], "llama": [
-    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+TARGETS = {"gpt2": ["c_attn", "c_proj", "c_fc", "attn.c_proj"], **dict.fromkeys(("llama", "qwen3"), [
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])}
 
 
 @pytest.fixture
