@@ -19,9 +19,8 @@ import tiktoken
 import torch
 
 from model import GPT
-from nanosft import llamacpp
+from nanosft import llamacpp, templates
 from nanosft.chat_template import read_chat_template
-from nanosft.checkpoint import RESULTS
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
@@ -31,7 +30,6 @@ from nanosft.records import NAME, Message, take, text_of, to_messages
 from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import UNREADABLE, open_text, paths_of, read_records
-from nanosft.templates import bring_tokenizer, copy_tokenizer, encode, get_encoding, render, stop_token, title_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class SampleConfig:
     export: str = ""  # write the model, LoRA merged: a directory for transformers, or a file.gguf for llama.cpp, Ollama
     gguf_type: str = "f16"  # of matrices in a .gguf: f16 | f32 | bf16 | q8_0
     # how
-    temperature: float = 0.0  # 0 = always the most likely token
+    temperature: float = 0.0  # 0 = always the most likely token; 1 = drawn as the model has it
     top_k: int = 0  # draw from the k most likely tokens; 0 = all
     top_p: float = 1.0  # draw from the smallest set of tokens with this probability
     repetition_penalty: float = 1.0  # above 1: tokens that have been there become less likely
@@ -71,8 +69,12 @@ class SampleConfig:
             problems.append(f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on")
         if not 0 < self.top_p <= 1:
             problems.append(f"--top_p: {self.top_p} is not in (0, 1]")
-        if not 0 < self.repetition_penalty < float("inf"):
-            problems.append(f"--repetition_penalty: {self.repetition_penalty} is no number above 0; 1 changes nothing")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            problems.append(f"--repetition_penalty: {self.repetition_penalty} is not in [0.01, 100]; 1 changes nothing")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1):
+            problems.append("--temperature: at 0 the likeliest token is taken; give 1 with --top_k or --top_p")
+        if self.file and (self.answer or self.num_samples > 1):
+            problems.append("--file: gets one whole answer a record; leave out --answer and --num_samples")
         if self.export and len(names_of(str(self.model))) > 1:
             problems.append("--export: writes one model; name one with --model")
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
@@ -96,7 +98,7 @@ class LoadedModel:
     directory: Path | str  # of its tokenizer, if it has one of its own
 
     def __post_init__(self):
-        self.stop = stop_token(self.spec, self.encoding)
+        self.stop = templates.stop_token(self.spec, self.encoding)
 
     def is_chat(self):
         return self.spec["template"] in ("chat", "model") and not self.spec["response_format"]
@@ -106,7 +108,7 @@ class LoadedModel:
 
     def prompt_ids(self, messages):
         """The ids that stand before the answer, by the renderer that made the training data."""
-        return encode(render(as_trained(messages, self.spec), self.spec), self.encoding)[0]
+        return templates.encode(templates.render(as_trained(messages, self.spec), self.spec), self.encoding)[0]
 
     def generate(self, prompts, config):
         """Yields, step by step, a list with the next id of each row's answer; None after its end."""
@@ -173,16 +175,19 @@ def load(config):
             own = "tokenizer.json" if (directory / "tokenizer.json").is_file() else "gpt2"
             template = "model" if own != "gpt2" and read_chat_template(directory) else ""
             spec = {"template": template, "prompt_format": "", "response_format": "", "encoding": own}
-        encoding = get_encoding(spec["encoding"], directory)
-        spec = bring_tokenizer(spec, encoding, directory)
+        encoding = templates.get_encoding(spec["encoding"], directory)
         model = load_model(path, dtype, bases)
+        if not spec["template"] and encoding.name == "gpt2" and model.config.rope_theta:
+            raise UserError(f"--model={name} has no tokenizer.json; put the model's into {directory}")
+        spec = templates.bring_tokenizer(spec, encoding, directory)
         # some pad their vocabulary; one in borrowed words that has far more tokens has others
         if not 0 <= model.config.vocab_size - encoding.n_vocab < (128 if is_borrowed else math.inf):
+            remedy = "ask it alone" if is_borrowed else f"put the model's tokenizer.json into {directory}"
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
-                            f"{encoding.n_vocab}: give the --data_dir that it was trained on, or ask it alone")
+                            f"{encoding.n_vocab}: give the --data_dir that it was trained on, or {remedy}")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
         if config.system and not models[-1].is_chat():
-            raise UserError(f"--system: {name} ({title_of(spec)}) was trained without one; leave it out")
+            raise UserError(f"--system: {name} ({templates.title_of(spec)}) was trained without one; leave it out")
     return models
 
 
@@ -206,9 +211,12 @@ def stream(loaded, prompt, config, opening=""):
     """Prints the answer to one prompt as it is made, after `opening`, whole characters only; returns its text."""
     if len(names_of(config.model)) > 1:
         print(f"{loaded.name}: ", end="")
-    print(opening + config.answer, end="", flush=True)
-    ids, text, shown, ended = [], "", 0, False
-    for (token,) in loaded.generate([prompt + loaded.encoding.encode_ordinary(config.answer)], config):
+    ids, text, shown, ended, begun = [], "", 0, False, ""
+    if config.answer:  # half an answer, to go on with
+        segments = templates.render_answer(config.answer, loaded.spec)[:-1]
+        prompt, begun = prompt + templates.encode(segments, loaded.encoding)[0], "".join(part for part, _ in segments)
+    print(opening + begun, end="", flush=True)
+    for (token,) in loaded.generate([prompt], config):
         if token != loaded.stop:
             ids.append(token)
         made = loaded.encoding.decode(ids)
@@ -223,7 +231,7 @@ def stream(loaded, prompt, config, opening=""):
     print(text[shown:], flush=True)
     if not ended and len(ids) < config.max_new_tokens:
         print(f"(cut: the context of {loaded.model.config.block_size:,} tokens is full)")
-    return config.answer + text
+    return begun + text
 
 
 def reply(loaded, text, turns, config):
@@ -232,12 +240,16 @@ def reply(loaded, text, turns, config):
     context, messages = loaded.model.config.block_size, prompt_messages(text, config, loaded.spec)
     system, turn = messages[:-1], messages[-1:]
     longest = context - min(config.max_new_tokens, context // 4)
-    while turns and len(loaded.prompt_ids([*system, *turns, *turn])) > longest:
-        del turns[:2]
-        print("(the context is full: the oldest turn is forgotten)")
-    answer = stream(loaded, loaded.prompt_ids([*system, *turns, *turn]), config)
+    prompt = loaded.prompt_ids(messages)
+    if len(prompt) <= context:  # else it is refused, and nothing is forgotten for it
+        while turns and len(loaded.prompt_ids([*system, *turns, *turn])) > longest:
+            del turns[:2]
+            print("(the context is full: the oldest turn is forgotten)")
+        prompt = loaded.prompt_ids([*system, *turns, *turn])
+    answer = stream(loaded, prompt, config)
     if loaded.keeps_turns():
-        turns += [*turn, Message("assistant", {"text": answer})]
+        before = templates.render_answer("", loaded.spec)[0][0]  # what the template writes there, it will write again
+        turns += [*turn, Message("assistant", {"text": answer.removeprefix(before)})]
 
 
 def chat(models, config):
@@ -246,7 +258,8 @@ def chat(models, config):
         import readline  # noqa: F401
     alone = "" if any(loaded.keeps_turns() for loaded in models) else ", each answered by itself"
     for loaded in models:
-        print(f"{loaded.name}: {title_of(loaded.spec)}, a context of {loaded.model.config.block_size:,} tokens")
+        context = loaded.model.config.block_size
+        print(f"{loaded.name}: {templates.title_of(loaded.spec)}, a context of {context:,} tokens")
     print(f"Type a prompt{alone}; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
     turns = [[] for _ in models]
     while True:
@@ -320,10 +333,9 @@ def answer_all(loaded, prompts, config):
         steps = loaded.generate([prompts[i] for i in batch], config)
         for i, tokens in zip(batch, zip(*steps, strict=True), strict=True):
             ids = [token for token in tokens if token not in (None, loaded.stop)]
-            answers[i] = loaded.encoding.decode(ids)
-            if config.stop:
-                answers[i] = answers[i].partition(config.stop)[0]
-            if loaded.stop not in tokens:
+            text = loaded.encoding.decode(ids)
+            answers[i] = text.partition(config.stop)[0] if config.stop else text
+            if loaded.stop not in tokens and answers[i] == text:
                 is_full = len(ids) < config.max_new_tokens
                 cut["by the context" if is_full else f"after {config.max_new_tokens} tokens (--max_new_tokens)"] += 1
         done = start + len(batch)
@@ -345,8 +357,10 @@ def answer_file(models, config):
     """Answers every record with every model, writes the records with their responses, and scores them."""
     if Path(config.output).is_dir():
         raise UserError(f"--output={config.output} is a directory; name a file")
-    results, found = {}, chain.from_iterable(
-        read_records(path, config.text_encoding) for path in paths_of("file", config.file))
+    paths = paths_of("file", config.file)
+    if Path(config.output).resolve() in [path.resolve() for path in paths]:
+        raise UserError(f"--output={config.output} is a file to read; name another")
+    results, found = {}, chain.from_iterable(read_records(path, config.text_encoding) for path in paths)
     records = [(location, {"messages": record} if isinstance(record, list) else record) for location, record in found]
     if not records:
         raise UserError(f"--file: {config.file} holds no records; give one that does")
@@ -382,18 +396,18 @@ def export(loaded, directory, gguf_type):
     file with all that."""
     directory = Path(directory)
     if directory.suffix == ".gguf":
-        if directory.exists():
-            raise UserError(f"--export={directory} is there already; name another file")
         loaded.model.merge_lora()
         return llamacpp.write_gguf(directory, loaded, gguf_type)
-    if any((directory / name).exists() for name in ("model.safetensors", "adapter_config.json", *RESULTS)):
-        raise UserError(f"--export={directory} holds a model or a run already; name another directory")
+    if directory.is_dir() and any(directory.iterdir()):
+        raise UserError(f"--export={directory} holds files already; name another directory")
     loaded.model.config.eos_token_id = loaded.stop  # of a padded vocabulary it is not the last id
     loaded.model.merge_lora().save_pretrained(directory)
     if loaded.spec["template"]:
         kept = loaded.spec.keys() & {"template", "prompt_format", "response_format", "turns", "encoding"}
         write_json(directory / "prompt.json", {name: loaded.spec[name] for name in sorted(kept)})
-        copy_tokenizer(loaded.directory, directory, loaded.spec)
+    templates.copy_tokenizer(loaded.directory, directory, loaded.spec)
+    if loaded.spec["template"] == "model" and loaded.spec["prompt_format"]:
+        print(f"its chat template does not word questions: give each as in {loaded.spec['prompt_format']!r}")
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
 

@@ -21,8 +21,8 @@ INDEX = "model.safetensors.index.json"  # of weights in several files: which ten
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 PICKLES = (".bin", ".pt", ".pth")  # what torch.save writes
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
-             "generation_config.json")  # what lies beside the weights, where a model has it
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "chat_template.jinja")  # what lies beside the weights, where a model has it
 
 
 def home():

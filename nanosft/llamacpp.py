@@ -28,6 +28,9 @@ def write_gguf(path, loaded, kind):
     if not (Path(loaded.directory) / "tokenizer.json").is_file():
         raise UserError(f"--export={path}: llama.cpp needs a tokenizer; put the base's tokenizer.json into "
                         f"{loaded.directory}")
+    for there in (path, path.parent / "Modelfile"):
+        if there.exists():
+            raise UserError(f"--export={path}: {there} is there already; name a file in another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     type_of = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family_of(config).upper()], config.n_layer)  # by those in files

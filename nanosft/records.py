@@ -112,7 +112,9 @@ def to_messages(record, spec, answered=True):
         raise Unusable("a record is an object with named fields", f"not {beginning(record)}")
     if record.get(CUT):
         raise Unusable("cells that the hub's viewer has cut", ", ".join(map(repr, record[CUT])))
-    if spec["response_format"] and (answered or all(name in record for name in NAME.findall(spec["prompt_format"]))):
+    by_form = answered or spec["template"] != "text" and all(
+        name in record for name in NAME.findall(spec["prompt_format"]))
+    if spec["response_format"] and by_form:
         messages, rest = by_formats(record, spec, answered)
     else:
         messages, rest = by_names(record)

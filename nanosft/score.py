@@ -4,6 +4,7 @@ from collections import Counter
 from nanosft.console import UserError, status
 from nanosft.pictures import plot_confusion
 from nanosft.records import NAME, fill
+from nanosft.templates import encode, render_answer
 
 
 def label_set(references, named, loaded):
@@ -24,7 +25,7 @@ def label_set(references, named, loaded):
             print(f"{len(labels)} different answers in {len(references)} records: if they are classes, name these with "
                   "--labels")
         return {}
-    ids = {label: loaded.encoding.encode_ordinary(label) + [loaded.stop] for label in labels}
+    ids = {label: encode(render_answer(label, loaded.spec), loaded.encoding)[0] for label in labels}
     longest, context = max(map(len, ids.values())), loaded.model.config.block_size
     if named and longest > context:
         raise UserError(f"--labels: one has {longest - 1:,} tokens, more than the context: give short ones")

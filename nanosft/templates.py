@@ -83,6 +83,15 @@ def render_chat(messages):
     return segments if messages[-1].role == "assistant" else [*segments, ("assistant\n", False)]
 
 
+def render_answer(text, spec):
+    """The segments of an answer, from the end of its prompt to what ends it; some templates write a space before it."""
+    if spec["template"] != "model":
+        return [(text, True), (EOT, True)]
+    messages = [Message("user", {"content": ""}), Message("assistant", {"content": text})]
+    prompt, whole = (render_chat_template(messages[:count], spec) for count in (1, 2))
+    return [(text, learned) for text, learned in whole[len(prompt):] if learned]
+
+
 def as_rendered(messages, spec):
     """The spec by which sample.py words a prompt like the one of these messages."""
     if messages[0].role == "text":

@@ -59,8 +59,7 @@ def read_tokenizer(path):
 
 def convert(path, values):
     def refuse(what):
-        raise UserError(f"{path} has {what}; take a model with a byte-level BPE (GPT-2, Llama 3, Qwen), or prepare "
-                        "with --encoding=gpt2")
+        raise UserError(f"{path} has {what}; take a model with a byte-level BPE, such as GPT-2, Llama 3 or Qwen")
 
     model, vocabulary = values["model"], values["model"]["vocab"]
     if model.get("type", "BPE") != "BPE":  # the oldest files name none

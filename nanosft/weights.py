@@ -223,9 +223,10 @@ def write_pretrained(directory, state, config):
 
 # entries of an adapter_config.json that are read here, or change nothing about what the adapter computes
 KNOWN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "base_model_name_or_path", "peft_type",
-         "peft_version", "task_type", "fan_in_fan_out", "inference_mode", "auto_mapping", "revision", "runtime_config",
+         "peft_version", "task_type", "fan_in_fan_out", "inference_mode", "auto_mapping", "runtime_config",
          "megatron_core", "qalora_group_size"}
-USUAL = (("bias", "none"), ("init_lora_weights", True))
+USUAL = [("bias", "none"), ("revision", "main"),
+         *(("init_lora_weights", name) for name in (True, "gaussian", "orthogonal"))]
 
 
 def read_adapter(directory, config):
@@ -244,9 +245,9 @@ def read_adapter(directory, config):
     old, new = (Path(directory) / f"adapter_model.{kind}" for kind in ("bin", "safetensors"))
     for name, tensor in read_saved(old)[0] if old.exists() and not new.exists() else read_safetensors(new):
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
-        if not match:
-            raise UserError(f"{directory}: the adapter holds {name}, which is no LoRA update; expected lora_A and "
-                            "lora_B of linear layers alone")
+        if not match or match[1].endswith("lm_head"):
+            raise UserError(f"{directory}: the adapter holds {name}; expected lora_A and lora_B of linear layers in "
+                            "blocks alone: merge it into its base with peft")
         updates.setdefault(own_name(family_of(config), match[1]), {})[match[2]] = tensor.float()
     if not updates:
         raise UserError(f"{directory}: the adapter holds no updates; write or download it again")

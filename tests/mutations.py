@@ -108,7 +108,10 @@ MUTATIONS = {
     # sampling
     "an adapter over any base": ('''sha256_of(*weight_files(base)) != trained_on''', '''sha256_of(*weight_files(base)) == ""'''),
     "export rounds": ('''pick_dtype("float32" if config.export else config.dtype, device)''', '''pick_dtype(config.dtype, device)'''),
-    "label's stop not scored": ('''encode_ordinary(label) + [loaded.stop]''', '''encode_ordinary(label)'''),
+    "label's stop not scored": ('''encode(render_answer(label, loaded.spec), loaded''', '''encode(render_answer(label, loaded.spec)[:-1], loaded'''),
+    "labels without what the template writes before them": ('''    if spec["template"] != "model":\n        return [(text, True)''', '''    if True:\n        return [(text, True)'''),
+    "a space of the template twice in a chat": ('''answer.removeprefix(before)''', '''answer'''),
+    "turns forgotten for a prompt that cannot fit": ('''if len(prompt) <= context:''', '''if True:'''),
     "characters broken while streaming": ('''made.rstrip("\\ufffd")''', '''made'''),
     "answers cut by another's prompt": ('''model.generate(prompts, limit, stop''', '''model.generate(prompts, min(limit, model.config.block_size - max(map(len, prompts))), stop'''),
     "a label scored past the context": ('''prompt[longest - self.config.block_size - 1:]''', '''prompt[:]'''),

@@ -442,7 +442,9 @@ ADAPTERS = [
     ("no updates", updates(), "the adapter holds no updates; write or download it again"),
     ("half an update", updates(h__0__attn__c_attn__lora_A=torch.zeros(4, 8)), "adapter's h.0.attn.c_attn does not fit"),
     ("a layer that is not there", updates(h__9__attn__c_attn__lora_A=P), "adapter's h.9.attn.c_attn does not fit"),
-    ("no update", updates(wte=P), "holds .*transformer.wte.weight, which is no LoRA update; expected lora_A and"),
+    ("no update", updates(wte=P), "holds .*transformer.wte.weight; expected lora_A and lora_B of .*: merge it into"),
+    ("the output head", updates(lm_head__lora_A=P), "holds .*lm_head.lora_A.weight; expected .* in blocks alone"),
+    ("a revision", adapter(revision="v2"), "the adapter's option revision='v2' is not supported; merge it"),
 ]
 
 
@@ -495,7 +497,8 @@ SAMPLES = [
     ("--prompt too long", wording(), dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512: shorten it"),
     ("--system", wording(template="alpaca"), dict(system="x", prompt="x"), r"model \(alpaca template\) was trained"),
     ("--output a directory", *file(ONE, output="data"), "--output=data is a directory; name a file"),
-    ("--export over one", wording(), dict(export="model"), "--export=model holds a model or a run already; name"),
+    ("--output over the input", *file(ONE, output="model/a.jsonl"), "--output=model/a.jsonl is a file to read; name"),
+    ("--export over one", wording(), dict(export="model"), "--export=model holds files already; name"),
     ("--model nowhere", wording(), dict(model="no/where/at"), "no model 'no/where/at': expected gpt2"),
     ("--model a text", put("a.txt", "x"), dict(model="model/a.txt"), "no model 'model/a.txt': expected gpt2"),
     ("--data_dir nowhere", wording(), dict(data_dir="no"), "--data_dir: no prepared data in no; run python prepare_"),

@@ -72,13 +72,14 @@ def test_lora_is_merged_and_a_file_that_is_there_stays(tmp_path):
     adapted.save_adapter(tmp_path / "a", base)
     export(tmp_path / "a", tmp_path / "a.gguf")
     assert_same_logits(adapted, AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf").eval())
-    with pytest.raises(UserError, match="a.gguf is there already; name another file"):
+    with pytest.raises(UserError, match="a.gguf is there already; name a file in another directory"):
         export(tmp_path / "a", tmp_path / "a.gguf")
-    (tmp_path / "m" / "tokenizer.json").unlink()
     tiny().save_pretrained(tmp_path / "bare")
     (tmp_path / "bare" / "prompt.json").write_text(json.dumps({**SPEC, "encoding": "bytes"}))
     with pytest.raises(UserError, match="llama.cpp needs a tokenizer; put the base's tokenizer.json into"):
         export(tmp_path / "bare", tmp_path / "b.gguf")
+    with pytest.raises(UserError, match="Modelfile is there already; name a file in another directory"):
+        export(tmp_path / "m", tmp_path / "b.gguf")
     assert not list(tmp_path.glob("b.gguf*"))
 
 

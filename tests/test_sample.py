@@ -123,11 +123,13 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
     heard.replies = [b"abc"]
     use(model, prompt="x")
     assert capsys.readouterr().out.splitlines()[-1] == "(cut: the context of 512 tokens is full)"
-    heard.replies = [b"abcdefg", b"abc"]
+    heard.replies = [b"abcdefg", b"abc", b"abcdefg", b"abcdefg"]
     flags = dict(batch_size=1, output=str(tmp_path / "a"))
     use(model, file=str(write_lines(tmp_path / "r.jsonl", [{"question": "a"}, {"question": "bc"}])), **flags)
     assert [line for line in capsys.readouterr().out.splitlines() if " cut " in line] == [
         "1 of 2 answers were cut after 7 tokens (--max_new_tokens)", "1 of 2 answers were cut by the context"]
+    use(model, file=str(tmp_path / "r.jsonl"), stop="c", **flags)
+    assert " cut " not in capsys.readouterr().out
 
 
 def test_an_answer_that_the_context_cuts_before_others_end_is_counted(tmp_path, capsys):
@@ -153,6 +155,12 @@ def test_a_model_without_wording_begins_as_it_was_trained_and_holds_one_question
     file = write_lines(tmp_path / "r.jsonl", [{"messages": turns("a", "b", "c")}])
     with pytest.raises(UserError, match="r.jsonl, line 1: this model answers one question, without"):
         use(model, file=str(file), output=str(tmp_path / "a"))
+    use(model, export=str(tmp_path / "e"))
+    assert (tmp_path / "e" / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=f"--model={model} has no tokenizer.json; put the model's into"):
+        use(model, prompt="Say red.")
+
 
 def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard, capsys):
     model = saved(tmp_path / "a, b", SPECS["text"])  # a comma in a path is no second model
@@ -186,6 +194,7 @@ WORDED = {
     "one column, messages": (SPECS["one"], {"messages": turns("q", "a")}, "Q: q\nA:", "a"),
     "a pair, under another name": (PAIR, {"prompt": "q", "response": "a"}, "q", "a"),
     "a pair, Alpaca": (PAIR, {"instruction": "q", "output": "a"}, "q", "a"),
+    "text by a format": ({**SPECS["text"], "response_format": "{c}!"}, {"question": "q", "answer": "a"}, "⏹q", "a"),
     "text, a question": (SPECS["text"], {"question": "q", "answer": "a"}, "⏹q", "a"),
 }
 
@@ -226,6 +235,41 @@ def test_a_full_context_drops_the_oldest_whole_turns_and_says_so(tmp_path, heard
     use(saved(tmp_path, SPECS["chat"]), system="S", max_new_tokens=20)
     assert "(the context is full: the oldest turn is forgotten)" in capsys.readouterr().out
     assert bytes(token for token in heard.prompts[2] if token < 256).startswith(b"system\nSuser\nb")
+
+
+def test_a_prompt_that_cannot_fit_is_refused_and_nothing_is_forgotten_for_it(tmp_path, monkeypatch, capsys):
+    talk(monkeypatch, "a" * 200, "b" * 600, "c" * 200)
+    asked, generate = [], GPT.generate
+    monkeypatch.setattr(GPT, "generate", lambda self, prompts, *rest: asked.extend(prompts) or generate(
+        self, prompts, *rest))
+    use(saved(tmp_path, SPECS["chat"]))
+    out = capsys.readouterr().out
+    assert "the prompt has 617 tokens, the context 512: shorten it" in out and "forgotten" not in out
+    assert bytes(token for token in asked[2] if token < 256).startswith(b"user\na")
+
+
+SPACED = """{% for m in messages %}{{ '<|im_start|>' + m.role + (':\n' if m.role == 'user' else ':\n ')
++ m.content | trim + '<|im_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant:\n' }}{% endif %}"""
+
+
+def test_what_a_template_writes_between_a_prompt_and_its_answer_is_there_in_all_that_is_asked(
+        tmp_path, heard, monkeypatch):
+    """A space: in labels, in half an answer, and once, not twice, in the turns of a chat."""
+    model = Path(chat_model(tmp_path / "m"))
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": SPACED}))
+    loaded, = sample.load(SampleConfig(model=str(model), device="cpu"))
+    ids = loaded.encoding.encode_ordinary
+    assert score.label_set([], "red , blue", loaded) == {"red": ids(" red") + [2], "blue": ids(" blue") + [2]}
+    heard.replies = [[*ids(" Ho."), 2], [2], [*ids(" ho."), 2]]
+    talk(monkeypatch, "Hi", "Bye")
+    use(model, system="S")
+    chat = [{"role": "system", "content": "S"}, *turns("Hi", "Ho.", "Bye")]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    assert heard.prompts[1] == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert use(model, prompt="Hi", answer="Ho") == [" Ho ho."]
+    assert heard.prompts[2] == loaded.prompt_ids([Message("user", {"content": "Hi"})]) + ids(" Ho")
 
 
 @pytest.mark.parametrize("spec, kept", [
@@ -374,6 +418,8 @@ def test_a_confusion_matrix_fits_a_terminal_and_is_drawn(tmp_path, capsys):
 def test_flags_out_of_range_are_all_named_at_once():
     with pytest.raises(UserError, match="--temperature: -1 is neither .*--top_p: 0 is not.*--export: writes one model"):
         SampleConfig(temperature=-1, top_p=0, export="new", model="chat,two")
+    with pytest.raises(UserError, match="--temperature: at 0 .* give 1 with --top_k .*--file: gets one whole answer"):
+        SampleConfig(top_k=5, file="a.jsonl", answer="x")
 
 
 # ---- adapters and export --------------------------------------------------------------------------------------------
@@ -471,7 +517,9 @@ def test_an_export_gives_transformers_the_logits_and_prompt_ids(template, tmp_pa
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag(lora_rank, prepare, tmp_path):
     """Its tokenizer and chat template go along, so that transformers takes best/ and an export as they are."""
-    data = prepare(colour_records(60), model=chat_model(tmp_path / "base"), encoding="", template="", block_size=0)
+    base = Path(chat_model(tmp_path / "base"))
+    (base / "generation_config.json").write_text('{"eos_token_id": 0}')  # the base's end, not that of its chat template
+    data = prepare(colour_records(60), model=str(base), encoding="", template="", block_size=0)
     meta = load_meta(data)
     assert (meta["prompt"]["template"], meta["stop"], meta["block_size"]) == ("model", 2, 256)
     train.main(TrainConfig(data_dir=data, out_dir=tmp_path / "out", lora_rank=lora_rank, max_steps=3, device="cpu",
@@ -481,6 +529,7 @@ def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag
     sample.main(SampleConfig(export=str(tmp_path / "export"), **asked))
     for path in tmp_path / "out" / "best", tmp_path / "export":
         assert_same_logits(loaded.model, theirs(path))
+        assert lora_rank and path.name == "best" or theirs(path).generation_config.eos_token_id == 2
         tokenizer, chat = transformers.AutoTokenizer.from_pretrained(path), [("system", "Be."), ("user", "Say red.")]
         asked = [Message(role, {"content": text}) for role, text in chat]
         assert loaded.prompt_ids(asked) == tokenizer.apply_chat_template(

@@ -257,7 +257,7 @@ def test_whether_a_text_starts_with_the_begin_token(tmp_path, template, expected
 
 # ---- one line for the others ----------------------------------------------------------------------------------------
 
-TAKE = ".*; take a model with a byte-level BPE .*, or prepare with --encoding=gpt2"
+TAKE = ".*; take a model with a byte-level BPE, such as GPT-2, Llama 3 or Qwen"
 DIGIT_STEPS = [{"type": "Digits", "individual_digits": False}, {"type": "ByteLevel", "add_prefix_space": False}]
 SPLIT = {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Isolated", "invert": False}
 BYTE_STEP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
