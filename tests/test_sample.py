@@ -249,7 +249,7 @@ def test_a_prompt_that_cannot_fit_is_refused_and_nothing_is_forgotten_for_it(tmp
 
 
 SPACED = """{% for m in messages %}{{ '<|im_start|>' + m.role + (':\n' if m.role == 'user' else ':\n ')
-+ m.content | trim + '<|im_end|>' }}{% endfor %}
++ m.content + '<|im_end|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant:\n' }}{% endif %}"""
 
 
