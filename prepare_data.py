@@ -244,16 +244,16 @@ def encode_records(records, split, spec, config, encoding, report, prompts, kind
                 raise UserError(f"{location}: {error}") from None
             report.drop(error.reason, location, error.detail)
             continue
-        if len(report.answers) <= 50 and kept[-1].role == "completion":
-            report.answers.update(kept[-1].fields.values())
-        report.note_unused(record, rest, kind == "text")
-        report.cut += len(kept) < len(messages)
-        report.several |= sum(message.role == "user" for message in kept) > 1
         share, digest = templates.fingerprints(segments, config.seed)
         if digest in seen:
             report.drop("exact duplicates", location)
             continue
         seen.add(digest)
+        if len(report.answers) <= 50 and kept[-1].role == "completion":
+            report.answers.update(kept[-1].fields.values())
+        report.note_unused(record, rest, kind == "text")
+        report.cut += len(kept) < len(messages)
+        report.several |= sum(message.role == "user" for message in kept) > 1
         own = split or "train"
         if not split and share < config.test_fraction + config.val_fraction:
             own = "test" if share < config.test_fraction else "val"

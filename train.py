@@ -154,11 +154,15 @@ def planned_steps(config, n_examples, from_scratch):
     return min(steps, config.max_steps or steps)
 
 
-def expected_seconds(run, token_seconds):
-    """About what a step and an evaluation take, before any was seen."""
+def expected_seconds(run, samples, token_seconds, answer_seconds):
+    """About what a step and an evaluation take, before any was seen. `token_seconds`: of training on one;
+    `answer_seconds`: of two answers of 16 tokens."""
     seconds = token_seconds / rank_and_world_size()[1]  # forward and backward; forward alone takes a third
+    longest = max(map(len, samples.answers))
+    # two answers are shown, and `scored` are counted, 32 at a time, each of which takes about as long as six
+    answers = (min(64, longest) + 3 * longest * math.ceil(samples.scored / 32)) / 16
     return (seconds * float(run.data.lengths.mean()) * run.config.batch_size,
-            seconds / 3 * float(run.val.lengths.sum()))
+            seconds / 3 * float(run.val.lengths.sum()) + answer_seconds * answers)
 
 
 def steps_in_time(planned, step, seconds, step_seconds):
@@ -168,10 +172,14 @@ def steps_in_time(planned, step, seconds, step_seconds):
     return min(planned, step + max(0, int(seconds / step_seconds)))
 
 
-def steps_at_first(run, seconds, step_seconds):
+def steps_at_first(run, seconds, step_seconds, evaluation_seconds):
     """The steps that time allows, by what was measured before the first one; at least one."""
-    steps = max(steps_in_time(run.steps, run.state.step, seconds, step_seconds), min(1, run.steps))
-    if steps < run.steps:
+    steps = steps_in_time(run.steps, run.state.step, seconds - evaluation_seconds, step_seconds)
+    steps = max(steps, min(1, run.steps))
+    if evaluation_seconds > 60 * run.config.max_minutes > 0:
+        print(f"warning: one evaluation, with which a run ends, takes {report.duration(evaluation_seconds)}: "
+              "longer than --max_minutes. Prepare with a smaller --val_fraction, or take fewer --best_examples")
+    elif steps < run.steps:
         print(f"about {steps:,} of the {run.steps:,} steps fit into --max_minutes={run.config.max_minutes:g}")
     if run.config.warmup_steps >= steps > 0:
         print(f"warning: --warmup_steps={run.config.warmup_steps} is the whole run: the learning rate will not reach "
@@ -254,12 +262,11 @@ def build_model(config, meta, checkpoint, dtype):
 def open_run(config):
     """(config, checkpoint's values, its tensors) of a run that goes on; (config, None, None) of a new one. A run that
     is there is never overwritten unasked."""
-    out_dir, init_from = Path(config.out_dir), Path(config.init_from).resolve()
+    out_dir = Path(config.out_dir)
+    if (out_dir / "meta.json").exists():
+        raise UserError(f"--out_dir={out_dir} holds prepared data: name another directory")
     if config.resume:
         return resume(config, out_dir)
-    if config.overwrite and config.init_from and out_dir.resolve() in (init_from, *init_from.parents):
-        raise UserError(f"--init_from={config.init_from} lies in --out_dir={out_dir}, which --overwrite clears: name "
-                        "another --out_dir")
     if not config.overwrite and any((out_dir / name).exists() for name in RESULTS):
         way_on = "go on with --resume, " if (out_dir / "ckpt.pt").exists() else ""
         raise UserError(f"--out_dir={out_dir} holds a run already: {way_on}replace it with --overwrite, or name "
@@ -271,9 +278,12 @@ def resume(config, out_dir):
     """What open_run returns for a checkpoint: its config, with those of this command line's flags that may change."""
     values, tensors = load_checkpoint(out_dir / "ckpt.pt")
     with undamaged(out_dir / "ckpt.pt"):
+        alien = values["config"].keys() - TrainConfig.__dataclass_fields__.keys()
+        if alien:
+            raise UserError(f"it has the settings {', '.join(sorted(alien))}")
         saved = TrainConfig(**values["config"])
         used = {"learning_rate": peak_of(saved, values["base"]), "init_from": values["base"]["name"],
-                "max_examples": saved.max_examples or "all",
+                "dtype": values["dtype"], "max_examples": saved.max_examples or "all",
                 "warmup_steps": saved.warmup_steps or round(saved.warmup_ratio * values["steps"])}  # a 0's meaning
     changes, fixed = {"resume": True, "overwrite": False, "out_dir": config.out_dir}, []
     for name, value in dataclasses.asdict(config).items():
@@ -311,7 +321,7 @@ def warm_up(run, device):
         try:
             seconds = []
             # the first pass compiles, makes kernels and touches new memory; without a compiler a slow one tells enough
-            while not seconds or len(seconds) < 2 and (compiled or seconds[0] < 1):
+            while not seconds or len(seconds) < 2 and (compiled or seconds[0] < (5 if run.config.max_minutes else 1)):
                 started = time.perf_counter()
                 accumulate(run.model, run.state.optimizer, batches, 1).item()
                 seconds.append(time.perf_counter() - started)
@@ -425,6 +435,10 @@ def set_up(config, device):
     data, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
     model, base = build_model(config, meta, values, dtype)
+    start = Path(base["name"]).resolve()
+    if config.overwrite and start.exists() and Path(config.out_dir).resolve() in (start, *start.parents):
+        raise UserError(f"--out_dir={config.out_dir} holds {base['name']}, which the run starts from, and --overwrite "
+                        "clears it: name another --out_dir")
     model.gradient_checkpointing = config.gradient_checkpointing
     max_tokens = tokens_at_once(config, device, int(data.lengths.max()), model.config.n_embd)
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
@@ -465,16 +479,17 @@ def describe(run):
 
 
 def begin(run, samples):
-    """Starts the log of a new run or cuts that of a resumed one. Returns what tracks it elsewhere, or None. Until now
-    nothing on disk has changed."""
+    """Starts the log of a new run or cuts that of a resumed one. Returns what tracks it elsewhere, or None, and the
+    seconds of two answers. Until now nothing on disk has changed."""
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     clear(out_dir, () if config.resume else RESULTS)
     report.cut_rows(out_dir / "log.csv", run.state.step)
-    if run.state.step == 0:
-        with evaluating(run.model):
-            samples.show(run.model, "before training", longest=16)  # tokens: the first step waits for them
-    return track
+    started, step = time.perf_counter(), run.state.step
+    if step < run.steps:
+        with evaluating(run.model):  # 16 tokens: the first step waits for them
+            samples.show(run.model, f"at step {step:,}" if step else "before training", longest=16)
+    return track, time.perf_counter() - started
 
 
 def samples_of(run):
@@ -540,9 +555,7 @@ def train(config, device):
     max_tokens, token_seconds = warm_up(run, device)
     token_seconds = all_reduce(token_seconds, "MAX")
     samples = samples_of(run)
-    begin_started = time.perf_counter()
-    track = begin(run, samples) if rank == 0 else None
-    begin_seconds = all_reduce(time.perf_counter() - begin_started, "MAX")
+    track, answer_seconds = begin(run, samples) if rank == 0 else (None, 0.0)
     started -= state.elapsed  # of the run's earlier parts
 
     def seconds():
@@ -550,12 +563,11 @@ def train(config, device):
 
     # A limit of time becomes a number of steps, anew after each step, so that the learning rate comes to its end in
     # time. Time for the last evaluation is reserved. Steps and evaluations are estimated until the first is done.
-    step_seconds, evaluation_seconds = expected_seconds(run, token_seconds)
-    evaluation_seconds += begin_seconds
+    step_seconds, evaluation_seconds = expected_seconds(run, samples, token_seconds, all_reduce(answer_seconds, "MAX"))
     began = saved = evaluated = state.elapsed = seconds()
-    limit, first_step, signum = 60 * config.max_minutes or math.inf, state.step, 0
+    limit, first_step, signum, evaluating_seconds = 60 * config.max_minutes or math.inf, state.step, 0, 0.0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
-    total_steps = steps_at_first(run, limit - state.elapsed - evaluation_seconds, step_seconds)
+    total_steps = steps_at_first(run, limit - state.elapsed, step_seconds, evaluation_seconds)
     with interrupts() as caught:
         while state.step < total_steps and not signum:
             # the batch: the same for every process, which then takes its share
@@ -576,7 +588,8 @@ def train(config, device):
             state.step += 1
             state.elapsed, signum = seconds(), int(all_reduce(max(caught, default=0), "MAX"))
             step_seconds = (state.elapsed - began) / (state.step - first_step)
-            total_steps = steps_in_time(run.steps, state.step, limit - state.elapsed - evaluation_seconds, step_seconds)
+            time_for_steps = limit - state.elapsed - evaluation_seconds
+            total_steps = steps_in_time(run.steps, state.step, time_for_steps, step_seconds)
             last = state.step >= total_steps
             # the log
             row = {"step": state.step, "epoch": f"{state.step / steps_per_epoch:.4f}",
@@ -585,8 +598,11 @@ def train(config, device):
                    "seconds": time.perf_counter() - step_started, "val_score": ""}
             interval = math.ceil(total_steps / 10) if config.eval_interval < 0 else config.eval_interval or total_steps
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
-                left = step_seconds * (total_steps - state.step) + evaluation_seconds
-                report.show_progress(row, total_steps, left, state.skipped)
+                evaluations = math.ceil(total_steps / interval) - (state.step - 1) // interval  # to come
+                trained = state.elapsed - began - evaluating_seconds
+                left = (trained * (total_steps - state.step) / (state.step - first_step)
+                        + evaluations * evaluation_seconds)
+                report.show_progress(row, total_steps, min(left, limit - state.elapsed), state.skipped)
             # evaluation
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
             due = state.step % interval == 0 and affordable
@@ -594,6 +610,7 @@ def train(config, device):
                 row.update(evaluate_and_keep_best(run, samples, max_tokens))
                 evaluated = seconds()
                 evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
+                evaluating_seconds += evaluation_seconds
                 if config.patience and state.waited >= config.patience:
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")

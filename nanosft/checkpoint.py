@@ -64,7 +64,10 @@ def claimed(out_dir):
     """Makes out_dir; within it no other run may claim it. What stays empty is removed again. Windows and some network
     file systems have no such locks."""
     is_new = not out_dir.exists()
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--out_dir={out_dir} is or lies below a file, not a directory; name another") from None
     handle = os.open(out_dir, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:

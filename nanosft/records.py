@@ -138,6 +138,10 @@ def by_formats(record, spec, answered):
 
 def by_names(record):
     """A record whose fields have known names."""
+    lower = {str(name).lower().strip(): name for name in record}
+    if lower.keys() != record.keys() and len(lower) == len(record):
+        messages, rest = by_names({small: record[name] for small, name in lower.items()})
+        return messages, {lower.get(name, name): value for name, value in rest.items()}
     rest = dict(record)
     name, turns = take(rest, "conversation")
     if name:
@@ -152,10 +156,6 @@ def by_names(record):
     for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
         if any(name in rest for name in NAMES[kind]):
             raise Unusable(reason)
-    lower = {str(name).lower().strip(): name for name in record}
-    if lower.keys() != record.keys():
-        messages, rest = by_names({small: record[name] for small, name in lower.items()})
-        return messages, {lower.get(name, name): value for name, value in rest.items()}
     raise Unusable("unknown kind of record", f"{', '.join(map(repr, record)) or 'no fields'}; {EXPECTED}")
 
 

@@ -26,9 +26,15 @@ def read_rows(path):
 
 def cut_rows(path, step):
     """Removes the rows of log.csv, where there is one, from after this step."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    read_rows(path)  # UserError where it is no log
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    kept = lines[:1]
+    for line in lines[1:]:
+        number = line.split(b",")[0]
+        if number.isdigit() and int(number) <= step:
+            kept.append(line)
     with atomic_file(path) as file:
-        file.write(b"".join(lines[:1 + sum(row["step"] <= step for row in read_rows(path))]))
+        file.write(b"".join(line + b"\r\n" for line in kept))
 
 
 def append_row(path, row, sync):
@@ -102,7 +108,7 @@ class Samples:
     far, and `scored` to know how many of its answers are right, which `by` decides: exact or likelihood."""
 
     def __init__(self, shards, encoding, stop, count=2, by="", scored=0):
-        self.encoding, self.stop, self.by, self.prompts, self.answers = encoding, stop, by, [], []
+        self.encoding, self.stop, self.by, self.scored, self.prompts, self.answers = encoding, stop, by, scored, [], []
         for tokens in (shards[i] for i in range(min(max(40, scored), len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())

@@ -64,6 +64,10 @@ def files_in(flag, name):
                         "'data/*.jsonl'")
     if len(files) < len(found):
         print(f"{name}: not read: {', '.join(file.name for file in found if file not in files)[:100]}")
+    held_out = [file.name for file in files if re.match("(test|valid|validation|val|dev|eval)[^a-z]", file.name, re.I)]
+    if held_out and flag == "input":
+        print(f"{name}: {', '.join(held_out)[:100]} is trained on like the others; --test_input and --val_input name "
+              "files to hold out")
     return files
 
 

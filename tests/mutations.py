@@ -86,12 +86,18 @@ MUTATIONS = {
     "evaluation as a mean of means": ('''            loss += model(*shards.batch(group)).item()''', '''            loss += model(*shards.batch(group)).item() / shards.supervised(group) * shards.supervised(range(len(shards))) * len(group) / len(shards)'''),
     "gradients averaged over the processes": ('''        exchange.wait()''', '''        exchange.wait()\n    for parameter in parameters:\n        parameter.grad /= dist.get_world_size()'''),
     "learning rate not at its end in time": ('''state.step, total_steps, run.learning_rate''', '''state.step, run.steps, run.learning_rate'''),
-    "evaluation not kept back from the time": ('''limit - state.elapsed - evaluation_seconds, step_seconds)
-            last''', '''limit - state.elapsed, step_seconds)
-            last'''),
+    "evaluation not kept back from the time": ('''time_for_steps = limit - state.elapsed - evaluation_seconds''', '''time_for_steps = limit - state.elapsed'''),
     "evaluations at any price": ('''state.elapsed - evaluated >= 10 * evaluation_seconds''', '''True'''),
     "no save between evaluations": ('''(120 if evaluated_now else 600)''', '''(120 if evaluated_now else math.inf)'''),
-    "time left in steps": ('''left = step_seconds * (total_steps - state.step)''', '''left = float(total_steps - state.step)'''),
+    "time left in steps": ('''left = (trained * (total_steps - state.step) / (state.step - first_step)''', '''left = (float(total_steps - state.step)'''),
+    "evaluations to come not in the time left": ('''+ evaluations * evaluation_seconds)''', '''+ evaluation_seconds)'''),
+    "the start of a run cleared": ('''if config.overwrite and start.exists() and''', '''if False and'''),
+    "rows lost where a log was edited": ('''if number.isdigit() and int(number) <= step:''', '''if len(kept) <= step:'''),
+    "a capital hides a field": ('''if lower.keys() != record.keys() and len(lower) == len(record):''', '''if False:'''),
+    "duplicates counted among the answers": ('''            report.drop("exact duplicates", location)
+            continue''', '''            report.drop("exact duplicates", location)
+            report.answers.update(kept[-1].fields.values())
+            continue'''),
     "dropout differs after resume": ('''torch.manual_seed((config.seed * 1_000_003 + state.step) * 1009 + rank)''', '''pass'''),
     "best overwritten by worse": ('''better = reached > best  #''', '''better = state.val_loss != 4.0  #'''),
     "rounded weights saved, not masters": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach().float() for n, p in run.state.optimizer.parameters.items()}'''),

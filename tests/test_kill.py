@@ -324,7 +324,7 @@ def test_a_directory_that_cannot_be_written_gets_one_line(locked, command):
 def test_a_directory_that_cannot_be_made_gets_one_line(tmp_path, command):
     (tmp_path / "file").write_text("")
     for out_dir in (tmp_path / "file", tmp_path / "file" / "out"):
-        assert str(tmp_path / "file") in command(out_dir=out_dir)
+        assert f"--out_dir={out_dir} is or lies below a file, not a directory; name another" in command(out_dir=out_dir)
     assert (tmp_path / "file").read_text() == ""
 
 

@@ -158,7 +158,7 @@ def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
 def test_few_different_answers_are_counted(prepare, capsys):
     records = [{"title": f"t{i}", "kind": ["cat", "dog"][i % 3 == 0]} for i in range(30)]
     for column, said in ("kind", "2 different answers: cat (20), dog (10)\n"), ("title", ""):
-        prepare(records, template="", prompt_format="{title}\n", response_format=f" {{{column}}}")
+        prepare(records * 2, template="", prompt_format="{title}\n", response_format=f" {{{column}}}")
         out = capsys.readouterr().out
         assert said in out and ("different answers" in out) == bool(said)
 

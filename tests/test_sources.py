@@ -90,6 +90,9 @@ RECORDS = {
     "TRL's prompt and a text": ({"prompt": turns(("user", "q")), "completion": "a"}, ASKED, []),
     "preferences": ({"prompt": "q", "chosen": "a", "rejected": "b"}, [("prompt", "q")], ["chosen", "rejected"]),
     "capitals, with a field that is not used": ({"Text": "t", "Label": 1}, [("text", "t")], ["Label"]),
+    "one capital": ({"Instruction": "q", "input": "i", "output": "a", "Id": 3},
+                    [("user", "q|i"), ("assistant", "a")], ["Id"]),
+    "the same in two cases": ({"Text": "T", "text": "t"}, [("text", "t")], ["Text"]),
     "capitals": ({"Question": "q", " ANSWER": "a"}, ASKED, []),
     "a list of one text": ({"question": "q", "answer": ["a"]}, ASKED, []),
     "ShareGPT with text": ({"conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="text")},
@@ -382,6 +385,12 @@ def test_several_files_directories_and_patterns(tmp_path, monkeypatch, capsys):
     assert found("a.jsonl,b.csv") == ["a.jsonl", "b.csv"] and found("b.csv,a.jsonl,b.csv") == ["b.csv", "a.jsonl"]
     assert found("in") == ["in/c.txt", "in/deep/d.txt"] and found("e, f.jsonl") == ["e, f.jsonl"]
     assert capsys.readouterr().out == "in: not read: notes.pdf\n"
+    for name in "split/train.jsonl", "split/Test-1.jsonl", "split/valuable.jsonl":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    assert len(found("split")) == 3
+    assert capsys.readouterr().out == (
+        "split: Test-1.jsonl is trained on like the others; --test_input and --val_input name files to hold out\n")
     assert found("a.jsonl, b.csv,") == ["a.jsonl", "b.csv"]
     assert found("*.jsonl") == ["a.jsonl", "e, f.jsonl"] and found("in/**/*.txt") == ["in/c.txt", "in/deep/d.txt"]
     for names, message in (("no.jsonl", "'no.jsonl' is not there; give a file"), ("a.jsonl,no.csv", "'no.csv' is not"),

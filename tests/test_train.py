@@ -26,6 +26,7 @@ from model import GPT, IGNORE_INDEX
 from nanosft import flags as flags_module
 from nanosft import pictures, report
 from nanosft.console import UserError
+from nanosft.files import crc32_of_json
 from nanosft.flags import ELSEWHERE, parse_config
 from nanosft.optimizer import AdamW
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches, write_meta
@@ -328,6 +329,37 @@ def test_the_progress_line_tells_all_tokens_a_second_and_the_time_left(fit, tmp_
     assert lines[1:] == [(str(step), str(12 - 2 * step), speeds[step - 1]) for step in range(2, 7)]
 
 
+def test_the_time_left_counts_the_evaluations_to_come(fit, clock, capsys):
+    clock(1.0, evaluation=5.0)
+    fit(max_steps=50, eval_interval=5, log_interval=1)
+    lines = re.findall(r"^step +(\d+)/50 +([\d.]+ \w+) left", capsys.readouterr().out, re.M)
+    assert [int(step) for step, _ in lines] == list(range(1, 51))
+    for step in range(6, 51):  # the first evaluation tells what one costs
+        assert lines[step - 1][1] == report.duration(50 - step + 5 * (10 - (step - 1) // 5)), step
+
+
+@pytest.mark.parametrize("scored, longest, expected", [(0, 8, 1 + 0.5 * 8 / 16), (64, 32, 1 + 0.5 * (32 + 192) / 16),
+                                                       (33, 160, 1 + 0.5 * (64 + 960) / 16)])
+def test_what_an_evaluation_takes_is_expected_from_its_tokens_and_answers(scored, longest, expected):
+    run = SimpleNamespace(config=TrainConfig(batch_size=8), data=SimpleNamespace(lengths=np.full(10, 20)),
+                          val=SimpleNamespace(lengths=np.full(30, 10)))
+    samples = SimpleNamespace(scored=scored, answers=[[0], [0] * longest])
+    assert train.expected_seconds(run, samples, 0.01, 0.5) == pytest.approx((1.6, expected))
+
+
+def test_a_limit_of_time_measures_twice_and_says_if_an_evaluation_alone_is_longer(fit, clock, monkeypatch, capsys):
+    clock(4.0)
+    passes, accumulate = [], train.accumulate
+    monkeypatch.setattr(train, "accumulate", lambda *args: passes.append(0) or accumulate(*args))
+    for limit, count in ((0, 1), (0.001, 2)):  # a first pass also makes kernels
+        passes.clear()
+        fit(f"out{count}", max_steps=1, max_minutes=limit)
+        assert len(passes) == count + 1
+        said = re.search(r"^warning: one evaluation, with which a run ends, takes \d+ s: longer than --max_min",
+                         capsys.readouterr().out, re.M)
+        assert bool(said) == bool(limit)
+
+
 @pytest.mark.parametrize("seconds, shown", [(0.4, "0 s"), (99, "99 s"), (100, "1.7 min"), (5999, "100.0 min"),
                                             (6000, "1.7 h"), (360_000, "100.0 h")])
 def test_a_time_is_told_in_the_unit_that_suits_it(seconds, shown):
@@ -550,14 +582,18 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
     write_meta(long, {**meta, "train": {**meta["train"], "longest": 40}, "val": {**meta["val"], "longest": 90}})
     own = shutil.copytree(data, str(tmp_path / "own"))
     write_meta(own, {**meta, "model": "m"})
+    based = shutil.copytree(data, str(tmp_path / "based"))  # prepared for what the run would clear
+    write_meta(based, {**meta, "model": f"{done}/best"})
     before = sorted(tmp_path.rglob("*"))
     for message, out, flags in (
-            ("lies in --out_dir=.*which --overwrite clears: ", "done", dict(init_from=f"{done}/best", overwrite=True)),
-            ("clears: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
+            ("best, which the run starts from, and .*clears", "done", dict(init_from=f"{done}/best", overwrite=True)),
+            ("clears it: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
+            ("best, which the run starts from, and --overwrite", "done", dict(data_dir=based, overwrite=True)),
+            ("--out_dir=.*based holds prepared data: name another directory", "based", {}),
             ("--init_from=gpt2 needs GPT-2's encoding", "done", dict(init_from="gpt2", overwrite=True)),
             ("no model 'nowhere'", "done", dict(init_from="nowhere", overwrite=True)),
             ("data in nowhere; run python prepare_data.py first$", "done", dict(data_dir="nowhere", overwrite=True)),
-            (f"prepare_data.py first, or name {long}, {own}$", "new", dict(data_dir=f"{own}er")),
+            (f"prepare_data.py first, or name {based}, {long}, {own}$", "new", dict(data_dir=f"{own}er")),
             ("=gpt2 needs .*: leave it out to start from m, which", "new", dict(init_from="gpt2", data_dir=own)),
             ("has 999 token ids", "new", dict(init_from=str(tmp_path / "other"))),
             ("a context of 16 tokens, the longest example", "new", dict(init_from=str(tmp_path / "short"))),
@@ -570,10 +606,30 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
             ("--lora_targets: 'q_proj' names no layer; this model's are c_attn, c_fc, c_proj", "new",
              dict(init_from=str(tmp_path / "whole"), lora_rank=4, lora_targets="q_proj")),
             ("data are not in gone, .*say with --data_dir", "done", dict(resume=True, data_dir="gone")),
+            (r"drop --dtype=bfloat16 \(it ran with float32\)", "done", dict(resume=True, dtype="bfloat16")),
             (r"drop --batch_size=5 \(it ran with 4\)", "done", dict(resume=True, batch_size=5))):
         with pytest.raises((UserError, OSError), match=message) as caught:
             fit(out, **flags)
         assert "\n" not in str(caught.value) and sorted(tmp_path.rglob("*")) == before, message  # nothing comes or goes
+
+
+def test_what_another_script_wrote_is_called_that_and_the_dtype_that_was_found_may_be_named(fit, tmp_path):
+    fit(max_steps=2, dtype="auto")
+    content = checkpoint(tmp_path / "out")
+    assert fit(resume=True, max_steps=3, dtype=content["values"]["dtype"]).step == 3
+    content["values"]["config"]["warp"] = 9
+    torch.save({**content, "checksum": crc32_of_json(content["values"])}, tmp_path / "out" / "ckpt.pt")
+    with pytest.raises(UserError, match="by this script .it has the settings warp.; go on with the one that wrote"):
+        fit(resume=True)
+
+
+def test_a_log_that_somebody_has_edited_loses_no_row(fit, tmp_path):
+    fit(max_steps=4)
+    log = tmp_path / "out" / "log.csv"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines[:3], "", *lines[3:]]))  # a blank line, and no end of the last one
+    fit(resume=True, max_steps=6)
+    assert column(tmp_path / "out", "step") == [1, 2, 3, 4, 5, 6]
 
 
 def test_answers_in_training_stop_at_the_context_and_show_no_template(data, capsys):
