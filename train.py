@@ -602,7 +602,8 @@ def train(config, device):
                 trained = state.elapsed - began - evaluating_seconds
                 left = (trained * (total_steps - state.step) / (state.step - first_step)
                         + evaluations * evaluation_seconds)
-                report.show_progress(row, total_steps, min(left, limit - state.elapsed), state.skipped)
+                left = min(left, max(limit - state.elapsed, evaluation_seconds))
+                report.show_progress(row, total_steps, left, state.skipped)
             # evaluation
             affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
             due = state.step % interval == 0 and affordable
