@@ -523,9 +523,9 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, dropout=0.0, dtype=torch.float32):
-        """A GPT-2 or Llama in this dtype: by name from the hub (gpt2 ... gpt2-xl, or owner/name: downloaded once), or
-        from a Hugging Face directory, a .bin or .safetensors file, nanoGPT's ckpt.pt, or an out_dir of train.py (its
-        best weights; a LoRA adapter comes on its base). UserError for what is none, or does not fit."""
+        """A GPT-2, Llama or Qwen in this dtype: by name from the hub (gpt2 ... gpt2-xl, or owner/name: downloaded
+        once), or from a Hugging Face directory, a .bin or .safetensors file, nanoGPT's ckpt.pt, or an out_dir of
+        train.py (its best weights; a LoRA adapter comes on its base). UserError for what is none, or does not fit."""
         path = locate(str(name_or_path))
         if path.name == "adapter_config.json":
             base = base_of(path)

@@ -42,7 +42,7 @@ OURS = re.compile("|".join([r"meta\.json", r"test\.jsonl", r"(train|val)_\d{5}\.
 @dataclass(frozen=True)
 class PrepareConfig:
     # data
-    input: str = ""  # .json .jsonl .csv .tsv .txt .parquet, also .gz; a directory; hf:owner/name; several with commas
+    input: str = ""  # .json .jsonl .csv .tsv .txt, also .gz; .parquet; a directory; hf:owner/name; several with commas
     val_input: str = ""  # records to watch the loss on; '' = a share of the input
     test_input: str = ""  # records for test.jsonl; '' = a share of the input
     text_encoding: str = ""  # of the files, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
@@ -364,7 +364,7 @@ def main(config):
     if os.path.isdir(config.input):
         name = Path(config.input).resolve().name
     if config.input.startswith("hf:"):
-        name = re.split("[/:]", config.input)[2]
+        name = re.split("[/:,]", config.input)[2]
     out_dir = Path(config.out_dir or Path("data") / name)
     check_out_dir(out_dir, paths)
     config = replace(config, val_fraction=0 if config.val_input else config.val_fraction,

@@ -36,7 +36,7 @@ from nanosft.sources import UNREADABLE, open_text, paths_of, read_records
 class SampleConfig:
     # model
     model: str = "out"  # an out_dir of train.py, a Hugging Face directory, owner/name, or gpt2 ...; several with commas
-    data_dir: str = ""  # prepared data whose template to use; '' = the one stored with the model, else plain text
+    data_dir: str = ""  # prepared data whose template to use; '' = the model's: stored with it, or its own, or none
     # what to answer
     prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat; texts: their beginning
     prompt_file: str = ""  # a file that holds the prompt

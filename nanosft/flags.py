@@ -19,7 +19,10 @@ from nanosft.console import UserError, protect_output, status, terminal_width
 ELSEWHERE = {"lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "warmup_steps", "dataset": "data_dir",
              "start": "prompt", "out_dir": "model", "num_epochs": "epochs", "num_train_epochs": "epochs",
              "lora_r": "lora_rank", "gradient_accumulation_steps": "batch_size", "max_grad_norm": "grad_clip",
-             "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_schedule", "output_dir": "out_dir"}
+             "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_schedule", "output_dir": "out_dir",
+             "save_steps": "save_interval", "eval_steps": "eval_interval", "logging_steps": "log_interval",
+             "target_modules": "lora_targets", "r": "lora_rank", "report_to": "wandb", "max_length": "block_size",
+             "resume_from_checkpoint": "resume", "metric_for_best_model": "best_by", "model_name_or_path": "init_from"}
 OUT_OF_MEMORY = re.compile("allocate memory|(not enough|out of) memory")  # torch's ways to say it
 
 

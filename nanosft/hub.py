@@ -227,7 +227,7 @@ def dataset_files(name):
     listing = folder / "listing.json"
     if not REPOSITORY.fullmatch(repository) or len(chosen) > 2:
         raise UserError(f"hf:{name} is no data set; write hf:owner/name, hf:owner/name:split or with :config:split")
-    if not is_offline():
+    if not listing.is_file() and not is_offline():
         with explained(repository):
             save(ask(f"{endpoint()}/api/datasets/{repository}/parquet")[0], listing, repository)
     if not listing.is_file():
@@ -235,6 +235,7 @@ def dataset_files(name):
     configs = read_json(listing)
     names = [*configs, *(split for splits in configs.values() for split in splits)]
     if not all(isinstance(splits, dict) for splits in configs.values()) or not all(map(SAFE.fullmatch, names)):
+        listing.unlink()
         raise UserError(f"the hub's list of {repository}'s files is not as expected; name the path of a copy instead")
     if len(chosen) == 1 and chosen[0] not in configs:
         chosen = ["", *chosen]

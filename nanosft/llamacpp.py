@@ -26,8 +26,10 @@ def write_gguf(path, loaded, kind):
         raise UserError(f"--export={path} needs the package gguf: pip install gguf") from None
     path, config = Path(path), loaded.model.config
     if not (Path(loaded.directory) / "tokenizer.json").is_file():
-        raise UserError(f"--export={path}: llama.cpp needs a tokenizer; put the base's tokenizer.json into "
-                        f"{loaded.directory}")
+        remedy = f"put the base's tokenizer.json into {loaded.directory}"
+        if loaded.encoding.name == "bytes":
+            remedy = "a model of bytes has none: prepare with --model=NAME"
+        raise UserError(f"--export={path}: llama.cpp needs a tokenizer; {remedy}")
     for there in (path, path.parent / "Modelfile"):
         if there.exists():
             raise UserError(f"--export={path}: {there} is there already; name a file in another directory")

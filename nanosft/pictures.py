@@ -71,7 +71,7 @@ def plot_losses(out_dir, best_by="loss"):
 
 def plot_confusion(counts, labels, path):
     """A confusion matrix, {(truth, likeliest): int}: the counts, over their share of the row as colour."""
-    figure, names = new_figure(figsize=2 * [4 + 0.4 * len(labels)]), [label.strip()[:24] for label in labels]
+    figure, names = new_figure(figsize=2 * [4 + 0.4 * len(labels)]), [label[:24] for label in labels]
     if not figure:
         return
     matrix = np.array([[counts[truth, taken] for taken in labels] for truth in labels])

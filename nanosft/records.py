@@ -62,6 +62,12 @@ def is_missing(value):
     return value is None or value != value or isinstance(value, list | dict) and not value
 
 
+def is_text(part):
+    """Whether a part of a content is text and nothing else; a table's parts have all fields, most of them null."""
+    used = {name for name, value in part.items() if not is_missing(value)}
+    return used <= {"type", "text"} and isinstance(part.get("text"), str)
+
+
 def text_of(value, name):
     """A field's value as text: numbers and dates are written out, true and false as in JSON, parts of text joined."""
     if isinstance(value, str):
@@ -71,7 +77,7 @@ def text_of(value, name):
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return whole(value[0], name)
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
-        if not all(part.keys() <= {"type", "text"} and isinstance(part.get("text"), str) for part in value):
+        if not all(map(is_text, value)):
             raise Unusable("a part that is no text", f"{name!r} is {beginning(value)}")
         return whole("".join(part["text"] for part in value), name)
     if is_missing(value) or isinstance(value, list | dict | bytes):

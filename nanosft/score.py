@@ -10,7 +10,7 @@ from nanosft.templates import encode, render_answer
 def label_set(references, named, loaded):
     """{class: its ids with the stop}: the classes that answers come from, as they are rendered, which are those
     `named`, with commas, or the references, where they are few. {} where the file is no classification."""
-    labels = sorted(set(references) - {None})
+    labels = sorted({label.strip(): label for label in references if label is not None}.values())
     if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
         spelling = {label.strip(): label for label in labels}
         wording = loaded.spec["response_format"] or "{label}"
@@ -45,11 +45,11 @@ def classify(loaded, prompts, labels):
 def confusion(counts, labels):
     """Prints how often each label was taken for which, {(truth, likeliest): int}, with recall and precision. The names
     of columns are cut where that lets the table fit into 80 of a terminal's."""
-    names, others = list(map(str.strip, labels)), sum(counts[pair] for pair in counts if pair[0] not in labels)
+    names, others = list(labels), sum(counts[pair] for pair in counts if pair[0] not in labels)
     if others:
         print(f"{others} of {counts.total()} records have another answer than these labels: they count as wrong")
     first = max(map(len, ["precision", *(name[:24] for name in names)]))
-    width = min(max(map(len, names)), max(5, (80 - first - 8) // len(names) - 1)) + 1
+    width = min(max(5, *map(len, names)), max(5, (80 - first - 8) // len(names) - 1)) + 1
     print("\nthe true label at the left, the likeliest at the top")
     print(f"{'':{first}}{''.join(name[:width - 1].rjust(width) for name in names)}  recall")
     for truth, name in zip(labels, names, strict=True):
@@ -71,13 +71,12 @@ def score(responses, references, labels, likeliest, picture):
     result = {"records": len(responses), "scored": len(scored),
               "exact": sum(answer == truth for answer, truth in zip(answers, truths, strict=True))}
     if labels and scored:
-        likeliest = [likeliest[i] for i in scored]
-        counts = Counter(zip([references[i] for i in scored], likeliest, strict=True))
-        confusion(counts, labels)
-        plot_confusion(counts, labels, picture)
-        known = {label.strip() for label in labels}
-        result["no_label"] = sum(answer not in known for answer in answers)
-        result["likelihood"] = sum(truth == label.strip() for truth, label in zip(truths, likeliest, strict=True))
+        names, likeliest = [label.strip() for label in labels], [likeliest[i].strip() for i in scored]
+        counts = Counter(zip(truths, likeliest, strict=True))
+        confusion(counts, names)
+        plot_confusion(counts, names, picture)
+        result["no_label"] = sum(answer not in names for answer in answers)
+        result["likelihood"] = sum(truth == label for truth, label in zip(truths, likeliest, strict=True))
         result["majority"] = max(Counter(truths).values())
     return result
 

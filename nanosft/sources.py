@@ -276,6 +276,6 @@ def read_parquet(path):
             rows = (row for batch in file.iter_batches(batch_size=2048) for row in batch.to_pylist())
             for number, record in enumerate(rows, 1):
                 yield f"row {number}", record
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # the last: times in nanoseconds
         raise UserError(f"{path.name}, after row {number}: {str(error)[:200]}; write it again, with plain columns"
                         ) from None

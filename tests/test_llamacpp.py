@@ -76,7 +76,7 @@ def test_lora_is_merged_and_a_file_that_is_there_stays(tmp_path):
         export(tmp_path / "a", tmp_path / "a.gguf")
     tiny().save_pretrained(tmp_path / "bare")
     (tmp_path / "bare" / "prompt.json").write_text(json.dumps({**SPEC, "encoding": "bytes"}))
-    with pytest.raises(UserError, match="llama.cpp needs a tokenizer; put the base's tokenizer.json into"):
+    with pytest.raises(UserError, match="llama.cpp needs a tokenizer; a model of bytes has none: prepare with --model"):
         export(tmp_path / "bare", tmp_path / "b.gguf")
     with pytest.raises(UserError, match="Modelfile is there already; name a file in another directory"):
         export(tmp_path / "m", tmp_path / "b.gguf")

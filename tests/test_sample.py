@@ -400,6 +400,17 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
         score.label_set([], "b," + "a" * 64, loaded)
 
 
+def test_short_labels_have_wide_columns_and_those_that_differ_in_white_space_are_one(tmp_path, capsys):
+    score.confusion(Counter({("0", "0"): 1200, ("0", "1"): 37, ("1", "0"): 101, ("1", "1"): 845}), ["0", "1"])
+    assert "\n0          1200    37     97%\n1           101   845     89%\nprecision   92%   96%\n" in (
+        capsys.readouterr().out)
+    loaded = LoadedModel("", tiny(block_size=64), BYTES, SPECS["one"], "")
+    assert list(score.label_set([" math", " math ", " cs"] * 5, "", loaded)) == [" cs", " math "]
+    result = score.score(["math", "cs"], [" math", " cs "], [" math ", " cs"], [" math ", " cs"], tmp_path / "p.png")
+    assert result["likelihood"] == 2 and result["no_label"] == 0
+    assert "100%" in capsys.readouterr().out
+
+
 def test_a_confusion_matrix_fits_a_terminal_and_is_drawn(tmp_path, capsys):
     labels = ["astro-ph", "cond-mat", " cs", "hep-ph", "hep-th", "math", "physics", "quant-ph"]
     counts = Counter({(label, label): 30 for label in labels} | {("hep-th", "hep-ph"): 10, ("?", "math"): 2})

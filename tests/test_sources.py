@@ -70,6 +70,8 @@ RECORDS = {
         {"messages": [*turns(*TWICE[:1]), {"role": "assistant", "content": "a1", "weight": 0}, *turns(*ASKED)]},
         [("user", "q1"), ("-assistant", "a1"), *ASKED], []),
     "a weight of 1": ({"messages": turns(*ASKED, weight=1)}, ASKED, []),
+    "parts of text in a table": ({"messages": turns(("user", [{"type": "text", "text": "q", "image": None}]),
+                                                    ("assistant", "a"))}, ASKED, []),
     "parts of text": ({"messages": turns(("user", [{"type": "text", "text": "q"}, {"type": "text", "text": "!"}]),
                                          ("assistant", [{"type": "text", "text": "a"}]))},
                       [("user", "q!"), ("assistant", "a")], []),
@@ -338,10 +340,12 @@ def test_data_sets_by_name_are_downloaded_once(hub, tmp_path, monkeypatch):
     assert questions_of("hf:owner/name:test") == ["default test 0", "default test 1"]
     count = len(hub.requests)
     assert questions_of("hf:owner/name:small:test") == ["small test 0", "small test 1"]
+    hub.listing = {"default": {}}  # what the hub has later is not mixed with what it had
     assert questions_of("hf:owner/name:small:test") == ["small test 0", "small test 1"]
-    assert len(hub.requests) == count + 4  # the list twice, each file once
+    assert len(hub.requests) == count + 2  # each file once
+    hub.listing = None
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert len(questions_of("hf:owner/name,hf:owner/name:test")) == 4 and len(hub.requests) == count + 4
+    assert len(questions_of("hf:owner/name,hf:owner/name:test")) == 4 and len(hub.requests) == count + 2
     monkeypatch.delenv("HF_HUB_OFFLINE")
     with pytest.raises(UserError, match=r"the hub refuses gated/name \(401\).*set HF_TOKEN"):
         questions_of("hf:gated/name")
@@ -363,6 +367,7 @@ def test_what_goes_wrong_with_a_data_set_is_one_line(hub, tmp_path, monkeypatch)
         hub.listing = listing
         with pytest.raises(UserError, match=message):
             paths_of("input", name)
+    assert not list(tmp_path.rglob("datasets--a--d/**/listing.json"))
     hub.listing, hub.cut = None, True
     with pytest.raises(UserError, match="the download of a/f failed .*; check the network and try again"):
         paths_of("input", "hf:a/f")
