@@ -30,6 +30,7 @@ from nanosft.records import NAME, Message, take, text_of, to_messages
 from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import UNREADABLE, open_text, paths_of, read_records
+from nanosft.weights import PADDING
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,8 @@ def load(config):
         if not spec["template"] and encoding.name == "gpt2" and model.config.rope_theta:
             raise UserError(f"--model={name} has no tokenizer.json; put the model's into {directory}")
         spec = templates.bring_tokenizer(spec, encoding, directory)
-        # some pad their vocabulary; one in borrowed words that has far more tokens has others
-        if not 0 <= model.config.vocab_size - encoding.n_vocab < (128 if is_borrowed else math.inf):
+        # one in borrowed words that has far more tokens has others
+        if not 0 <= model.config.vocab_size - encoding.n_vocab < (PADDING if is_borrowed else math.inf):
             remedy = "ask it alone" if is_borrowed else f"put the model's tokenizer.json into {directory}"
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or {remedy}")
@@ -211,11 +212,12 @@ def stream(loaded, prompt, config, opening=""):
     """Prints the answer to one prompt as it is made, after `opening`, whole characters only; returns its text."""
     if len(names_of(config.model)) > 1:
         print(f"{loaded.name}: ", end="")
-    ids, text, shown, ended, begun = [], "", 0, False, ""
+    ids, text, shown, ended = [], "", 0, False
     if config.answer:  # half an answer, to go on with
-        segments = templates.render_answer(config.answer, loaded.spec)[:-1]
-        prompt, begun = prompt + templates.encode(segments, loaded.encoding)[0], "".join(part for part, _ in segments)
-    print(opening + begun, end="", flush=True)
+        *before, (half, _), _ = templates.render_answer(config.answer, loaded.spec)
+        half = half.removesuffix(templates.around_answer(loaded.spec)[1])
+        prompt = prompt + templates.encode([*before, (half, True)], loaded.encoding)[0]
+    print(opening + config.answer, end="", flush=True)
     for (token,) in loaded.generate([prompt], config):
         if token != loaded.stop:
             ids.append(token)
@@ -231,7 +233,7 @@ def stream(loaded, prompt, config, opening=""):
     print(text[shown:], flush=True)
     if not ended and len(ids) < config.max_new_tokens:
         print(f"(cut: the context of {loaded.model.config.block_size:,} tokens is full)")
-    return begun + text
+    return config.answer + text
 
 
 def reply(loaded, text, turns, config):
@@ -248,8 +250,8 @@ def reply(loaded, text, turns, config):
         prompt = loaded.prompt_ids([*system, *turns, *turn])
     answer = stream(loaded, prompt, config)
     if loaded.keeps_turns():
-        before = templates.render_answer("", loaded.spec)[0][0]  # what the template writes there, it will write again
-        turns += [*turn, Message("assistant", {"text": answer.removeprefix(before)})]
+        before, after = templates.around_answer(loaded.spec)  # what the template writes there, it will write again
+        turns += [*turn, Message("assistant", {"text": answer.removeprefix(before).removesuffix(after)})]
 
 
 def chat(models, config):

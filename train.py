@@ -34,6 +34,7 @@ from nanosft.hub import SIZES, locate, weight_files
 from nanosft.optimizer import AdamW
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches
 from nanosft.templates import bring_tokenizer, copy_tokenizer, get_encoding
+from nanosft.weights import PADDING
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def build_model(config, meta, checkpoint, dtype):
         raise UserError(f"--init_from={init_from} needs GPT-2's encoding, {config.data_dir} is in {meta['encoding']}: "
                         f"{remedy}")
     model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
-    if not meta["vocab_size"] <= model.config.vocab_size < meta["vocab_size"] + 512:  # some pad it for speed
+    if not 0 <= model.config.vocab_size - meta["vocab_size"] < PADDING:
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: name other data with --data_dir, or prepare "
                         "it with the model's encoding")
@@ -435,10 +436,11 @@ def set_up(config, device):
     data, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
     model, base = build_model(config, meta, values, dtype)
-    start = Path(base["name"]).resolve()
-    if config.overwrite and start.exists() and Path(config.out_dir).resolve() in (start, *start.parents):
-        raise UserError(f"--out_dir={config.out_dir} holds {base['name']}, which the run starts from, and --overwrite "
-                        "clears it: name another --out_dir")
+    start, out_dir = Path(base["name"]).resolve(), Path(config.out_dir).resolve()
+    is_ours = start == out_dir or any(out_dir / name in (start, *start.parents) for name in RESULTS)
+    if not values and base["name"] != "scratch" and start.exists() and is_ours:
+        raise UserError(f"--out_dir={config.out_dir} holds {base['name']}, from which the run starts: name "
+                        "another --out_dir")
     model.gradient_checkpointing = config.gradient_checkpointing
     max_tokens = tokens_at_once(config, device, int(data.lengths.max()), model.config.n_embd)
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
@@ -605,8 +607,8 @@ def train(config, device):
                 left = min(left, max(limit - state.elapsed, evaluation_seconds))
                 report.show_progress(row, total_steps, left, state.skipped)
             # evaluation
-            affordable = limit == math.inf or state.elapsed - evaluated >= 10 * evaluation_seconds
-            due = state.step % interval == 0 and affordable
+            affordable = state.elapsed - evaluated >= 10 * evaluation_seconds and time_for_steps >= evaluation_seconds
+            due = state.step % interval == 0 and (limit == math.inf or affordable)
             if last or due:
                 row.update(evaluate_and_keep_best(run, samples, max_tokens))
                 evaluated = seconds()

@@ -53,7 +53,7 @@ def shards_of(index):
 
 
 def cached(repository):
-    """The directory of a repository in the hub's cache, if it holds all weights; else None."""
+    """The directory of a repository in the hub's cache, if it holds a configuration and all weights; else None."""
     try:
         commit = (folder_of(repository) / "refs" / "main").read_text().strip()
     except OSError:
@@ -63,7 +63,8 @@ def cached(repository):
         "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"))
     if not whole and (directory / INDEX).is_file():
         whole = all(file.is_file() for file in shards_of(directory / INDEX))
-    return directory if whole else None
+    described = any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return directory if whole and described else None
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -90,10 +91,11 @@ def authorised(url):
 
 
 def ask(url):
-    """(answer to a GET, headers on the way to it that tell a commit, or its own)."""
+    """(answer to a GET, headers on the way to it that tell a commit and a hash, or its own)."""
     redirects = Redirects()
     response = urllib.request.build_opener(redirects).open(authorised(url), timeout=30)
-    return response, next((found for found in redirects.headers if "X-Repo-Commit" in found), response.headers)
+    told = [headers for headers in redirects.headers if "X-Repo-Commit" in headers and "ETag" in headers]
+    return response, [*told, response.headers][0]
 
 
 def save(response, path, title, digest=""):
@@ -117,11 +119,11 @@ def git_hash_of(path):
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def fetch(repository, file):
+def fetch(repository, file, commit="main"):
     """The path of a repository's file in the cache, downloaded if need be; None where the hub lacks it."""
     folder, title = folder_of(repository), f"{repository}/{file}"
     try:
-        response, told = ask(f"{endpoint()}/{repository}/resolve/main/{file}")
+        response, told = ask(f"{endpoint()}/{repository}/resolve/{commit}/{file}")
     except urllib.error.HTTPError as error:
         if error.code == 404:
             return None
@@ -134,8 +136,6 @@ def fetch(repository, file):
     if not path.is_file():
         save(response, path, title, digest)
     response.close()
-    (folder / "refs").mkdir(exist_ok=True)
-    (folder / "refs" / "main").write_text(commit)
     return path
 
 
@@ -169,12 +169,15 @@ def download(repository):
         config = fetch(repository, "config.json") or fetch(repository, "adapter_config.json")
         if config is None:
             raise UserError(f"the hub has no model {repository} with a config.json; check the name")
+        commit = config.parent.name  # of all files, though the repository may change meanwhile
         for file in TOKENIZER:
-            fetch(repository, file)
+            fetch(repository, file, commit)
         weights = config.name.replace("config.json", "model.safetensors")
-        if not fetch(repository, weights) and fetch(repository, INDEX):
+        if not fetch(repository, weights, commit) and fetch(repository, INDEX, commit):
             for path in shards_of(config.parent / INDEX):
-                fetch(repository, path.name)
+                fetch(repository, path.name, commit)
+        (folder_of(repository) / "refs").mkdir(exist_ok=True)
+        (folder_of(repository) / "refs" / "main").write_text(commit)
     if not cached(repository):
         raise UserError(f"{repository} has no {weights}: take another copy of it")
     return config.parent

@@ -108,7 +108,7 @@ class Samples:
     far, and `scored` to know how many of its answers are right, which `by` decides: exact or likelihood."""
 
     def __init__(self, shards, encoding, stop, count=2, by="", scored=0):
-        self.encoding, self.stop, self.by, self.scored, self.prompts, self.answers = encoding, stop, by, scored, [], []
+        self.encoding, self.stop, self.by, self.prompts, self.answers = encoding, stop, by, [], []
         for tokens in (shards[i] for i in range(min(max(40, scored), len(shards)))):
             supervised = (tokens["flags"] & SUPERVISED).astype(bool)
             first = int(supervised.argmax())
@@ -119,6 +119,7 @@ class Samples:
             self.answers.append(tokens["id"][first:stop].tolist())
         self.titles = [shorten(text, 74) for text in without_template(map(encoding.decode, self.prompts))[:count]]
         del self.prompts[max(count, scored):], self.answers[max(count, scored):]
+        self.scored = len(self.prompts) if by else 0
         labels = len({*map(tuple, self.answers)})
         if by == "likelihood" and not 2 <= labels <= 50:
             raise UserError(f"--best_by=likelihood needs 2 to 50 different answers, not {labels}; take exact")

@@ -92,6 +92,12 @@ def render_answer(text, spec):
     return [(text, learned) for text, learned in whole[len(prompt):] if learned]
 
 
+def around_answer(spec):
+    """(before, after): the texts between a prompt and its answer, and between that and what ends it."""
+    text = "".join(text for text, _ in render_answer("\0", spec)[:-1])
+    return text.partition("\0")[::2]
+
+
 def as_rendered(messages, spec):
     """The spec by which sample.py words a prompt like the one of these messages."""
     if messages[0].role == "text":
@@ -171,7 +177,8 @@ def encode(segments, encoding, train_on_prompt=False):
             part = encoding.encode_ordinary(text)
         ids += part
         flags += bytes([SUPERVISED if supervised or train_on_prompt else 0]) * len(part)
-    flags[0] = START  # nothing stands before the first token, so nothing can predict it
+    if flags:
+        flags[0] = START  # nothing stands before the first token, so nothing can predict it
     return ids, bytes(flags)
 
 

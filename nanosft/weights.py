@@ -28,6 +28,7 @@ NUMBERS = {
               "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_kv_head": "num_key_value_heads",
               "head_dim": "head_dim", "n_inner": "intermediate_size"}}
 NUMBERS |= dict.fromkeys(("qwen2", "qwen3"), NUMBERS["llama"])
+PADDING = 512  # a model may have fewer ids than these beyond its tokenizer's, for speed; Qwen has up to 399
 LLAMA = dict(fused_qkv=False, gated_mlp=True, bias=False, rms_norm=True)  # in GPTConfig
 PREFIXES = re.compile(r"^((transformer|model|module|_orig_mod)\.)+")  # those that some files lack or add
 RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm.",
@@ -113,7 +114,7 @@ def read_config(path):
         scaling = {"rope_type": kind, **{name: rope.get(name) for name in names}}
         theta = theta if all(isinstance(scaling[name], int | float) for name in names) else None
     elif kind != "default":
-        raise UserError(f"{path}: rope_type is {kind!r}; only default and llama3 are supported: take another llama")
+        raise UserError(f"{path}: rope_type is {kind!r}; only default and llama3 are supported: take another {family}")
     epsilon = values.get("rms_norm_eps", 1e-6)
     if not all(isinstance(number, int | float) and number > 0 for number in (theta, epsilon)):
         raise UserError(f"{path}: rms_norm_eps, rope_theta or rope_scaling is no number; download or write it again")

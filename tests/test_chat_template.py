@@ -276,6 +276,10 @@ def test_where_thinking_can_be_off_it_is_and_earlier_answers_come_without(monkey
     check_conversation(messages[:3], tokenizer, ordinary)
     with pytest.raises(UserError, match="the chat template does not fit: its prompt is not the beginning of system"):
         render_chat_template(messages[:5], spec_of(tokenizer))
+    thought = [messages[1], Message("assistant", {"content": "<think>\nSo.\n</think>\n\nYes."})]
+    with pytest.raises(UserError, match="an answer with a thought, which the chat template would take apart: prepare"):
+        render_chat_template(thought, spec_of(tokenizer))
+    assert render_chat_template(thought, chatml())  # other templates leave it as it is
 
 
 @pytest.mark.parametrize("filter, method", [("", str), (" | trim", str.strip), (".strip()", str.strip),

@@ -268,8 +268,38 @@ def test_what_a_template_writes_between_a_prompt_and_its_answer_is_there_in_all_
     chat = [{"role": "system", "content": "S"}, *turns("Hi", "Ho.", "Bye")]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     assert heard.prompts[1] == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    assert use(model, prompt="Hi", answer="Ho") == [" Ho ho."]
+    assert use(model, prompt="Hi", answer="Ho") == ["Ho ho."]
     assert heard.prompts[2] == loaded.prompt_ids([Message("user", {"content": "Hi"})]) + ids(" Ho")
+
+
+AROUND = {  # what stands before an answer and after it, in the template's example and in what the model writes
+    "a line end after it": ("", "\n", "{{ '<|im_start|>assistant:\n' }}"),
+    "both": (" ", "\n", "{{ '<|im_start|>assistant:\n' }}"),
+    "the header is answered": ("<|im_start|>assistant:\n", "", ""),
+}
+
+
+@pytest.mark.parametrize("before, after, prompting", AROUND.values(), ids=AROUND)
+def test_what_stands_around_an_answer_comes_once(before, after, prompting, tmp_path, heard, monkeypatch):
+    model, source = Path(chat_model(tmp_path / "m")), (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + ':\n' }}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        f"{{{{ {before.split(chr(10))[-1]!r} + m.content | trim + {after!r} }}}}{{% endif %}}{{{{ '<|im_end|>' }}}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{prompting}{{% endif %}}")
+    values = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**values, "chat_template": source}))
+    loaded, = sample.load(SampleConfig(model=str(model), device="cpu"))
+    messages = [Message("user", {"content": "Hi"}), Message("assistant", {"text": "Ho."})]
+    prompt, example = (encode(render(messages[:count], loaded.spec), loaded.encoding)[0] for count in (1, 2))
+    answer = example[len(prompt):]
+    heard.replies = [answer, [2], [2], [2]]
+    talk(monkeypatch, "Hi", "Bye")
+    use(model, max_new_tokens=40)
+    assert heard.prompts[1][:len(example)] == example  # the turn that was answered, as training would have it
+    use(model, prompt="Hi", answer="Ho.")
+    assert heard.prompts[2] == example[:len(heard.prompts[2])]
+    assert loaded.encoding.decode(heard.prompts[2]).endswith("Ho.")
+    use(model, prompt="Hi", answer=" ")  # nothing, where a template trims
+    assert loaded.encoding.decode(heard.prompts[3]) == loaded.encoding.decode(prompt) + before
 
 
 @pytest.mark.parametrize("spec, kept", [
@@ -377,12 +407,12 @@ def test_a_model_without_a_template_classifies_too(tmp_path, gpt2_encoding):
 
 def test_a_plain_model_is_asked_in_a_trained_ones_words_if_its_ids_can_be_the_same(tmp_path, heard):
     trained, plain = saved(tmp_path / "trained", SPECS["alpaca"]), tmp_path / "plain"
-    for vocab_size, can_be in ((257, True), (257 + 127, True), (257 + 128, False)):  # padded, or other tokens
+    for vocab_size, can_be in ((257, True), (257 + 511, True), (257 + 512, False)):  # padded, or other tokens
         tiny(block_size=512, vocab_size=vocab_size).save_pretrained(plain)
         if can_be:
             assert len(use(f"{plain},{trained}", prompt="Hi")) == 2
         else:
-            with pytest.raises(UserError, match="plain has 385 token ids, the bytes encoding 257: .* or ask it alone"):
+            with pytest.raises(UserError, match="plain has 769 token ids, the bytes encoding 257: .* or ask it alone"):
                 use(f"{plain},{trained}", prompt="Hi")
 
 

@@ -347,6 +347,12 @@ def test_what_an_evaluation_takes_is_expected_from_its_tokens_and_answers(scored
     assert train.expected_seconds(run, samples, 0.01, 0.5) == pytest.approx((1.6, expected))
 
 
+def test_answers_are_expected_for_as_many_records_as_there_are(data):
+    val = Shards(data, load_meta(data), "val")
+    for by, asked, count in (("exact", 10_000, len(val)), ("exact", 2, 2), ("", 0, 0)):
+        assert report.Samples(val, get_encoding("bytes"), 256, by=by, scored=asked).scored == count
+
+
 def test_a_limit_of_time_measures_twice_and_says_if_an_evaluation_alone_is_longer(fit, clock, monkeypatch, capsys):
     clock(4.0)
     passes, accumulate = [], train.accumulate
@@ -586,9 +592,10 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
     write_meta(based, {**meta, "model": f"{done}/best"})
     before = sorted(tmp_path.rglob("*"))
     for message, out, flags in (
-            ("best, which the run starts from, and .*clears", "done", dict(init_from=f"{done}/best", overwrite=True)),
-            ("clears it: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
-            ("best, which the run starts from, and --overwrite", "done", dict(data_dir=based, overwrite=True)),
+            ("best, from which the run starts: name another", "done", dict(init_from=f"{done}/best", overwrite=True)),
+            ("from which the run starts: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
+            ("best, from which the run starts: name another", "done", dict(data_dir=based, overwrite=True)),
+            ("--out_dir=.*whole holds .*whole, from which the run", "whole", dict(init_from=str(tmp_path / "whole"))),
             ("--out_dir=.*based holds prepared data: name another directory", "based", {}),
             ("--init_from=gpt2 needs GPT-2's encoding", "done", dict(init_from="gpt2", overwrite=True)),
             ("no model 'nowhere'", "done", dict(init_from="nowhere", overwrite=True)),
