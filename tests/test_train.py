@@ -293,6 +293,13 @@ def test_time_ends_a_run_with_the_learning_rate_at_its_end(evaluation, fit, tmp_
     assert rows(out_dir)[-1]["val_loss"] and 2 <= evaluations <= 12 and (evaluations - 2) * evaluation <= 0.1 * 300
 
 
+def test_no_evaluation_comes_in_the_time_that_is_kept_for_the_last(fit, clock, tmp_path):
+    """After the one at step 1 the next would be due ten evaluations later, two steps before the end."""
+    ours = clock(1.0, evaluation=10.0)
+    fit(max_steps=0, epochs=99, max_minutes=125 / 60, eval_interval=1)
+    assert 119 <= ours.now - 1000 <= 127 and len(column(tmp_path / "out", "val_loss")) == 2
+
+
 def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, capsys):
     ours = clock(1.0)
     assert fit(max_minutes=60).step == 6 and ours.now - 1000 < 20
