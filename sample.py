@@ -408,8 +408,9 @@ def export(loaded, directory, gguf_type):
         kept = loaded.spec.keys() & {"template", "prompt_format", "response_format", "turns", "encoding"}
         write_json(directory / "prompt.json", {name: loaded.spec[name] for name in sorted(kept)})
     templates.copy_tokenizer(loaded.directory, directory, loaded.spec)
-    if loaded.spec["template"] == "model" and loaded.spec["prompt_format"]:
-        print(f"its chat template does not word questions: give each as in {loaded.spec['prompt_format']!r}")
+    wording = loaded.spec["prompt_format"]
+    if loaded.spec["template"] == "model" and wording and not NAME.fullmatch(wording):
+        print(f"its chat template does not word questions: give each as in {wording!r}")
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 
 

@@ -106,6 +106,15 @@ def test_a_modelfile_words_the_prompt_as_training_did(spec, end, tmp_path, capsy
     assert text.startswith('FROM ./m.gguf\nPARAMETER stop "<|endoftext|>"') and text.endswith(f'{end}"""\n')
 
 
+@pytest.mark.parametrize("question, said", [("", False), ("{q}", False), ("Q: {q}", True)])
+def test_an_export_says_if_its_chat_template_words_no_questions(question, said, tmp_path, capsys):
+    model = chat_model(tmp_path / "m")
+    (tmp_path / "m" / "prompt.json").write_text(json.dumps(
+        {"template": "model", "encoding": "tokenizer.json", "prompt_format": question, "response_format": "{a}"}))
+    export(model, tmp_path / "e")
+    assert ("does not word questions: give each as in 'Q: {q}'" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("wording, before", [({}, ""), (dict(prompt_format="Q: {q}", response_format="{a}"), "Q: ")])
 def test_a_models_own_template_becomes_ollamas(wording, before, tmp_path):
     model = chat_model(tmp_path / "m")
