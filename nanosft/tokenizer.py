@@ -31,8 +31,10 @@ class Tokenizer(tiktoken.Encoding):
 
     def encode_ordinary(self, text):
         """The ids of a text; no special token is found in it. Lacking bytes go first: their neighbours may merge."""
-        if self.is_composed:
-            text = unicodedata.normalize("NFC", text)
+        if self.is_composed:  # but for added tokens, which are looked for first
+            found = "|".join(map(regex.escape, self.added)) or "(?!)"
+            text = "".join(part if part in self.added else unicodedata.normalize("NFC", part)
+                           for part in regex.split(f"({found})", text))
         if self.added:
             return self.encode(text, allowed_special=self.added, disallowed_special=())
         if not self.lacking:

@@ -155,6 +155,8 @@ def assert_equal_ids(path, texts):
 @pytest.mark.parametrize("steps", STEPS)
 def test_ids_are_those_of_tokenizers(tmp_path, steps, options):
     tokenizer = assert_equal_ids(saved(tmp_path, trained(steps, **options)), random_texts(2500) + sentences())
+    theirs, joined = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")), "a</tool_call>\u0338=\u0338"
+    assert tokenizer.encode_ordinary(joined) == theirs.encode(joined).ids  # a stroke through its last letter
     assert bool(tokenizer.lacking) != options.get("every_byte", True)
 
 
