@@ -99,8 +99,8 @@ def ask(url):
 
 
 def save(response, path, title, digest=""):
-    """Writes an answer into a file; an interrupted or damaged download leaves nothing behind. digest: the hub's hash,
-    SHA-256 of a large file, git's SHA-1 of a small one."""
+    """Writes an answer into a file; an interrupted or damaged download leaves nothing behind. digest: the hub's hash of
+    the file, where it tells one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with response, atomic_file(path) as file:
         while piece := response.read(1 << 20):
@@ -109,12 +109,14 @@ def save(response, path, title, digest=""):
         file.flush()
         if file.tell() != int(response.headers.get("Content-Length") or file.tell()):
             raise ValueError(f"{title} came cut short")
-        found = sha256_of(file.name) if len(digest) == 64 else git_hash_of(file.name)
-        if digest not in ("", found):
+        if digest and hash_of(file.name, digest) != digest:
             raise ValueError(f"{title} came damaged")
 
 
-def git_hash_of(path):
+def hash_of(path, digest):
+    """The file's hash of this digest's kind: SHA-256 of a large file, git's SHA-1 of a small one."""
+    if len(digest) == 64:
+        return sha256_of(path)
     content = Path(path).read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
