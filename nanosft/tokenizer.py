@@ -26,15 +26,14 @@ class Tokenizer(tiktoken.Encoding):
     """An encoding with a model's own special tokens: `eos_token` and `bos_token` are the texts of those that end and
     begin a text; `starts_with_bos` says whether the file puts the latter first. `pattern`: how it cuts a text, as GPT2,
     DIGITS or its own. `lacking`: the bytes without an id. `added`: the tokens that texts are searched for, though no
-    merge makes them. `is_composed`: a text is put into Unicode's form NFC first."""
+    merge makes them; `added_pattern` finds them. `is_composed`: a text is put into Unicode's form NFC first."""
     eot_token = None  # the id of eos_token: an attribute, in the place of tiktoken's property
 
     def encode_ordinary(self, text):
         """The ids of a text; no special token is found in it. Lacking bytes go first: their neighbours may merge."""
         if self.is_composed:  # but for added tokens, which are looked for first
-            found = "|".join(map(regex.escape, self.added)) or "(?!)"
             text = "".join(part if part in self.added else unicodedata.normalize("NFC", part)
-                           for part in regex.split(f"({found})", text))
+                           for part in self.added_pattern.split(text))
         if self.added:
             return self.encode(text, allowed_special=self.added, disallowed_special=())
         if not self.lacking:
@@ -103,6 +102,7 @@ def convert(path, values):
     tokenizer = Tokenizer("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     tokenizer.pattern, tokenizer.is_composed = cut, normalizer == "NFC"
     tokenizer.added = {token["content"] for token in values["added_tokens"] if not token["special"]}
+    tokenizer.added_pattern = regex.compile(f"({'|'.join(map(regex.escape, tokenizer.added)) or '(?!)'})")
     tokenizer.lacking = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
     if tokenizer.lacking and (tokenizer.added or model.get("unk_token")):
         refuse(f"added tokens that are not special, or unk_token={model.get('unk_token')}, and not every byte")
