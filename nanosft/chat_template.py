@@ -48,8 +48,9 @@ def render_chat_template(messages, spec):
                                     tuple(spec["special_tokens"]))
     contents = [strip("\n\n".join(filter(None, message.fields.values())))
                 for strip, message in zip(strips, messages, strict=True)]
-    if "</think>" in spec["chat_template"] and any(
-            role == "assistant" and "</think>" in content for role, content in zip(roles, contents, strict=True)):
+    rewrites = roles[-1] == "assistant" and "</think>" in spec["chat_template"]  # a prompt may hold earlier thoughts
+    if rewrites and any(role == "assistant" and "</think>" in content
+                        for role, content in zip(roles, contents, strict=True)):
         raise Unusable("an answer with a thought, which the chat template would take apart", REMEDY)
     return [(text if isinstance(text, Special) else text.format(*contents), number > 0 and learned[number])
             for text, number in segments]

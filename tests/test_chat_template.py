@@ -280,6 +280,8 @@ def test_where_thinking_can_be_off_it_is_and_earlier_answers_come_without(monkey
     with pytest.raises(UserError, match="an answer with a thought, which the chat template would take apart: prepare"):
         render_chat_template(thought, spec_of(tokenizer))
     assert render_chat_template(thought, chatml())  # other templates leave it as it is
+    asked = render_chat_template([*thought, messages[1]], spec_of(tokenizer))  # a chat goes on after one
+    assert not any(supervised for _, supervised in asked)
 
 
 @pytest.mark.parametrize("filter, method", [("", str), (" | trim", str.strip), (".strip()", str.strip),
