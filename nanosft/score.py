@@ -45,17 +45,17 @@ def classify(loaded, prompts, labels):
 def confusion(counts, labels):
     """Prints how often each label was taken for which, {(truth, likeliest): int}, with recall and precision. The names
     of columns are cut where that lets the table fit into 80 of a terminal's."""
-    names, others = list(labels), sum(counts[pair] for pair in counts if pair[0] not in labels)
+    others = sum(counts[pair] for pair in counts if pair[0] not in labels)
     if others:
         print(f"{others} of {counts.total()} records have another answer than these labels: they count as wrong")
-    first = max(map(len, ["precision", *(name[:24] for name in names)]))
-    width = min(max(5, *map(len, names)), max(5, (80 - first - 8) // len(names) - 1)) + 1
+    first = max(map(len, ["precision", *(label[:24] for label in labels)]))
+    width = min(max(5, *map(len, labels)), max(5, (80 - first - 8) // len(labels) - 1)) + 1
     print("\nthe true label at the left, the likeliest at the top")
-    print(f"{'':{first}}{''.join(name[:width - 1].rjust(width) for name in names)}  recall")
-    for truth, name in zip(labels, names, strict=True):
+    print(f"{'':{first}}{''.join(label[:width - 1].rjust(width) for label in labels)}  recall")
+    for truth in labels:
         row = [counts[truth, label] for label in labels]
         recall = f"{counts[truth, truth] / sum(row):.0%}" if sum(row) else "-"
-        print(f"{name[:24]:{first}}{''.join(f'{count:{width}}' for count in row)}{recall:>8}")
+        print(f"{truth[:24]:{first}}{''.join(f'{count:{width}}' for count in row)}{recall:>8}")
     print(f"{'precision':{first}}", end="")
     for label in labels:
         taken = sum(counts[truth, label] for truth in labels)
