@@ -15,10 +15,10 @@ import math
 import shlex
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tiktoken
 import torch
 
@@ -139,6 +139,7 @@ class Run:
     steps: int  # that are planned, if no time limit comes first
     learning_rate: float  # the peak
     max_tokens: int  # of a micro-batch
+    compiles: bool  # the blocks
     encoding: tiktoken.Encoding
     spec: dict  # how the data were rendered
     tokenizer: Path | str  # the directory with the model's tokenizer.json, if there is one
@@ -155,37 +156,74 @@ def planned_steps(config, n_examples, from_scratch):
     return min(steps, config.max_steps or steps)
 
 
-def expected_seconds(run, samples, token_seconds, answer_seconds):
-    """About what a step and an evaluation take, before any was seen. `token_seconds`: of training on one;
-    `answer_seconds`: of two answers of 16 tokens."""
-    seconds = token_seconds / rank_and_world_size()[1]  # forward and backward; forward alone takes a third
-    longest = max(map(len, samples.answers))
-    # two answers are shown, and `scored` are counted, 32 at a time, each of which takes about as long as six
-    answers = (min(64, longest) + 3 * longest * math.ceil(samples.scored / 32)) / 16
-    return (seconds * float(run.data.lengths.mean()) * run.config.batch_size,
-            seconds / 3 * float(run.val.lengths.sum()) + answer_seconds * answers)
+class Pace:
+    """How fast a run is, and so how many steps a limit of time allows, and how long the rest takes. All seconds are the
+    run's, the same in every process.
+
+    The first step, which makes kernels and touches new memory, counts only while it is alone. Until an evaluation was
+    seen, its tokens are expected to take a third of what they take in a step, and its answers as long as the two before
+    training, of 16 tokens each.
+    """
+
+    def __init__(self, run, samples, answer_seconds, now):
+        self.planned, self.limit = run.steps, 60 * run.config.max_minutes or math.inf
+        self.steps, self.trained, self.now, self.evaluated = 0, 0.0, now, now
+        self.token_seconds, self.val_tokens, self.is_forecast = math.inf, float(run.val.lengths.sum()), True
+        # two answers are shown, and `scored` are counted, 32 at a time, each of which takes about as long as six
+        longest = max(map(len, samples.answers))
+        answers = min(64, longest) + 3 * longest * math.ceil(samples.scored / 32)
+        self.answer_seconds = self.evaluation_seconds = answer_seconds * answers / 16
+
+    def step_done(self, now, tokens):
+        """Takes the time at which a step of so many tokens has ended."""
+        seconds, self.now = now - self.now, now
+        self.trained = seconds if self.steps < 2 else self.trained + seconds
+        self.steps += 1
+        self.token_seconds = min(self.token_seconds, seconds / tokens)
+        if self.is_forecast:
+            self.evaluation_seconds = self.answer_seconds + self.val_tokens * self.token_seconds / 3
+
+    def evaluation_done(self, now):
+        """Takes the time at which an evaluation has ended."""
+        self.evaluation_seconds, self.now, self.evaluated, self.is_forecast = now - self.now, now, now, False
+
+    def step_seconds(self):
+        return self.trained / max(1, self.steps - 1)
+
+    def time_for_steps(self):
+        """The seconds before the evaluation with which the run ends."""
+        return self.limit - self.now - self.evaluation_seconds
+
+    def total_steps(self, step):
+        """The number of the step at which time is up, or of the last one that is planned; at least one is made."""
+        if self.limit == math.inf or (self.steps == 0 and self.now < self.limit):
+            return self.planned
+        steps = int(self.time_for_steps() / self.step_seconds()) if self.steps else 0
+        return min(self.planned, max(1, step + max(0, steps)))
+
+    def has_time_to_evaluate(self):
+        """Evaluations take a tenth of a limited time at most, and none of what the last one needs."""
+        return self.limit == math.inf or (self.now - self.evaluated >= 10 * self.evaluation_seconds
+                                          and self.time_for_steps() >= self.evaluation_seconds)
+
+    def seconds_left(self, step, total_steps, interval):
+        """Until the end, with the evaluations to come every `interval` steps, this step's among them."""
+        evaluations = math.ceil(total_steps / interval) - (step - 1) // interval
+        left = (total_steps - step) * self.step_seconds() + evaluations * self.evaluation_seconds
+        return min(left, max(self.limit - self.now, self.evaluation_seconds))
 
 
-def steps_in_time(planned, step, seconds, step_seconds):
-    """The number of the step at which time is up, or of the last one that is planned. `seconds`: what is left."""
-    if seconds == math.inf:
-        return planned
-    return min(planned, step + max(0, int(seconds / step_seconds)))
-
-
-def steps_at_first(run, seconds, step_seconds, evaluation_seconds):
-    """The steps that time allows, by what was measured before the first one; at least one."""
-    steps = steps_in_time(run.steps, run.state.step, seconds - evaluation_seconds, step_seconds)
-    steps = max(steps, min(1, run.steps))
-    if evaluation_seconds > 60 * run.config.max_minutes > 0:
-        print(f"warning: one evaluation, with which a run ends, takes {report.duration(evaluation_seconds)}: "
+def say_what_fits(run, pace, total_steps):
+    """Prints what a limit of time means for the run, once its pace is known."""
+    config = run.config
+    if pace.evaluation_seconds > pace.limit:
+        print(f"warning: one evaluation, with which a run ends, takes {report.duration(pace.evaluation_seconds)}: "
               "longer than --max_minutes. Prepare with a smaller --val_fraction, or take fewer --best_examples")
-    elif steps < run.steps:
-        print(f"about {steps:,} of the {run.steps:,} steps fit into --max_minutes={run.config.max_minutes:g}")
-    if run.config.warmup_steps >= steps > 0:
-        print(f"warning: --warmup_steps={run.config.warmup_steps} is the whole run: the learning rate will not reach "
+    elif total_steps < run.steps:
+        print(f"about {total_steps:,} of the {run.steps:,} steps fit into --max_minutes={config.max_minutes:g}")
+    if config.warmup_steps >= total_steps:
+        print(f"warning: --warmup_steps={config.warmup_steps} is the whole run: the learning rate will not reach "
               f"{run.learning_rate:g}")
-    return steps
 
 
 def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
@@ -236,6 +274,8 @@ def build_model(config, meta, checkpoint, dtype):
             remedy = f"leave it out to start from {meta['model']}, which the data were prepared for"
         raise UserError(f"--init_from={init_from} needs GPT-2's encoding, {config.data_dir} is in {meta['encoding']}: "
                         f"{remedy}")
+    if config.lora_rank:  # a large file's hash takes as long as reading its weights
+        digest = ThreadPoolExecutor(1).submit(sha256_of, *weight_files(locate(init_from)))
     model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
     if not 0 <= model.config.vocab_size - meta["vocab_size"] < PADDING:
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
@@ -251,7 +291,7 @@ def build_model(config, meta, checkpoint, dtype):
         if path.name == "adapter_config.json":
             raise UserError(f"--init_from={init_from} is itself a LoRA adapter: make it plain weights first with "
                             f"python sample.py --model={shlex.quote(init_from)} --export=DIRECTORY")
-        base["sha256"] = sha256_of(*weight_files(path))
+        base["sha256"] = digest.result()
         if checkpoint and checkpoint["base"]["sha256"] != base["sha256"]:
             raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with "
                             "--init_from")
@@ -304,46 +344,6 @@ def resume(config, out_dir):
     return config, values, tensors
 
 
-def warm_up(run, device):
-    """Runs the largest micro-batches that the run can meet forward and backward: what does not fit fails now, not after
-    hours, and torch.compile falls back if it must. Returns the tokens of a micro-batch, halved on CUDA until it fits,
-    and about the seconds that a token takes."""
-    data, max_tokens, mode = run.data, run.max_tokens, run.config.compile
-    compiled = mode == "on" or (mode == "auto" and device.type == "cuda" and run.steps >= 500)
-    if compiled:
-        for block in run.model.h:
-            block.compile(dynamic=True)
-    longest = np.argsort(-data.lengths, kind="stable")[:run.config.batch_size]
-    while True:
-        batches = data.batches(longest, max_tokens)
-        if len(batches) > 1:  # the longest and the fullest, whose gradients add up; LoRA has next to none
-            fullest = max(batches, key=lambda batch: len(batch[0]))
-            batches = [fullest] if fullest is batches[0] and run.config.lora_rank else [batches[0], fullest]
-        try:
-            seconds = []
-            # the first pass compiles, makes kernels and touches new memory; without a compiler a slow one tells enough
-            while not seconds or len(seconds) < 2 and (compiled or seconds[0] < (5 if run.config.max_minutes else 1)):
-                started = time.perf_counter()
-                accumulate(run.model, run.state.optimizer, batches, 1).item()
-                seconds.append(time.perf_counter() - started)
-            return max_tokens, seconds[-1] / sum(len(idx) for idx, _, _ in batches)
-        except torch.OutOfMemoryError:
-            max_tokens //= 2
-            if max_tokens < data.lengths.max():
-                raise UserError(f"one example of {data.lengths.max()} tokens does not fit into the memory of {device}: "
-                                "try --gradient_checkpointing or a smaller model") from None
-            print(f"out of memory: going on with --micro_batch_tokens={max_tokens}")
-        except Exception as error:  # the compiler raises many kinds
-            if not compiled:
-                raise
-            compiled = False
-            for block in run.model.h:
-                block._compiled_call_impl = None
-            print(f"torch.compile does not work here ({type(error).__name__}); going on without it")
-        finally:
-            run.state.optimizer.zero_grad()
-
-
 # ---- step, evaluation, saving ---------------------------------------------------------------------------------------
 
 def accumulate(model, optimizer, batches, supervised):
@@ -358,13 +358,42 @@ def accumulate(model, optimizer, batches, supervised):
     return total
 
 
+def gradients(run, indices, supervised):
+    """What `accumulate` does, with this process's share of these examples. Micro-batches that a GPU's memory does not
+    hold are halved, for good; a model that cannot be compiled runs eager from then on."""
+    model, data = run.model, run.data
+    while True:
+        try:
+            for block in model.h if run.compiles and not is_compiled(model) else ():
+                block.compile(dynamic=True)
+            batches = data.batches(indices, run.max_tokens, *rank_and_world_size())
+            return accumulate(model, run.state.optimizer, batches, supervised)
+        except torch.OutOfMemoryError:
+            run.max_tokens //= 2
+            longest = data.lengths[indices].max()
+            if run.max_tokens < longest:
+                raise UserError(f"one example of {longest} tokens does not fit into the memory of "
+                                f"{model.wte.weight.device}: try --gradient_checkpointing or a smaller model") from None
+            print(f"out of memory: going on with --micro_batch_tokens={run.max_tokens}")
+        except Exception as error:  # the compiler raises many kinds
+            if not run.compiles:
+                raise
+            run.compiles = False
+            for block in model.h:
+                block._compiled_call_impl = None
+            print(f"torch.compile does not work here ({type(error).__name__}); going on without it")
+
+
+def is_compiled(model):
+    return model.h[0]._compiled_call_impl is not None
+
+
 @contextlib.contextmanager
 def evaluating(model):
     """Within it there is no dropout and no gradient, and a compiled model runs eager: it would be compiled anew for
     every shape."""
-    model.eval()
-    is_compiled = model.h[0]._compiled_call_impl is not None  # else the compiler's import, 1.6 s, is spared
-    with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+    model.eval()  # below: a model that is not compiled is spared the compiler's import, 1.6 s
+    with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
         yield
     model.train()
 
@@ -446,6 +475,7 @@ def set_up(config, device):
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
                                      weight_decay=config.weight_decay, low_memory=config.low_memory))
     steps = planned_steps(config, len(data), base["name"] == "scratch")
+    compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and steps >= 500)
     if values:
         with undamaged(Path(config.out_dir) / "ckpt.pt"):
             vars(state).update(values["state"])
@@ -460,8 +490,8 @@ def set_up(config, device):
     if encoding.name == "gpt2" and base["name"] != "scratch":
         with contextlib.suppress(UserError):  # the base of a run that goes on may be gone
             tokenizer = locate(base["name"]).parent
-    peak = peak_of(config, base)
-    return Run(config, meta, data, val, model, base, state, steps, peak, max_tokens, encoding, spec, tokenizer)
+    return Run(config, meta, data, val, model, base, state, steps, peak_of(config, base), max_tokens, compiles,
+               encoding, spec, tokenizer)
 
 
 def describe(run):
@@ -481,12 +511,12 @@ def describe(run):
 
 
 def begin(run, samples):
-    """Starts the log of a new run or cuts that of a resumed one. Returns what tracks it elsewhere, or None, and the
-    seconds of two answers. Until now nothing on disk has changed."""
+    """Cuts the log of a resumed run, and shows two answers. Returns what tracks the run elsewhere, or None, and the
+    seconds of the answers."""
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
-    clear(out_dir, () if config.resume else RESULTS)
-    report.cut_rows(out_dir / "log.csv", run.state.step)
+    if config.resume:
+        report.cut_rows(out_dir / "log.csv", run.state.step)
     started, step = time.perf_counter(), run.state.step
     if step < run.steps:
         with evaluating(run.model):  # 16 tokens: the first step waits for them
@@ -518,13 +548,13 @@ def save_is_due(config, state, saved, evaluated_now, total_steps):
     return state.step % (config.save_interval or total_steps) == 0
 
 
-def evaluate_and_keep_best(run, samples, max_tokens):
+def evaluate_and_keep_best(run, samples):
     """Evaluates, shows a few answers and writes best/ if the loss, or what --best_by says, is the best so far. Returns
     what log.csv shows: the validation loss and the share of right answers."""
     state, heading, config = run.state, f"step {run.state.step:,}", run.config
     better, rank = not len(run.val), rank_and_world_size()[0]  # without validation data the newest is the best
     if len(run.val):
-        state.val_loss = evaluate(run.model, run.val, max_tokens)
+        state.val_loss = evaluate(run.model, run.val, run.max_tokens)
         heading += f", validation loss {state.val_loss:.4f}"
         reached, best = (-state.val_loss,), (-state.best_val_loss,)
         if samples.by:
@@ -552,10 +582,8 @@ def train(config, device):
     started = time.perf_counter()
     run = set_up(config, device)
     config, data, state, optimizer = run.config, run.data, run.state, run.state.optimizer
-    out_dir, (rank, world_size) = Path(config.out_dir), rank_and_world_size()
+    out_dir, rank = Path(config.out_dir), rank_and_world_size()[0]
     describe(run)
-    max_tokens, token_seconds = warm_up(run, device)
-    token_seconds = all_reduce(token_seconds, "MAX")
     samples = samples_of(run)
     track, answer_seconds = begin(run, samples) if rank == 0 else (None, 0.0)
     started -= state.elapsed  # of the run's earlier parts
@@ -564,56 +592,52 @@ def train(config, device):
         return all_reduce(time.perf_counter() - started, "MAX")  # the same for all processes
 
     # A limit of time becomes a number of steps, anew after each step, so that the learning rate comes to its end in
-    # time. Time for the last evaluation is reserved. Steps and evaluations are estimated until the first is done.
-    step_seconds, evaluation_seconds = expected_seconds(run, samples, token_seconds, all_reduce(answer_seconds, "MAX"))
-    began = saved = evaluated = state.elapsed = seconds()
-    limit, first_step, signum, evaluating_seconds = 60 * config.max_minutes or math.inf, state.step, 0, 0.0
+    # time. Time for the last evaluation is reserved.
+    state.elapsed = saved = seconds()
+    pace = Pace(run, samples, all_reduce(answer_seconds, "MAX"), state.elapsed)
+    total_steps, first_step, signum = pace.total_steps(state.step), state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
-    total_steps = steps_at_first(run, limit - state.elapsed, step_seconds, evaluation_seconds)
     with interrupts() as caught:
         while state.step < total_steps and not signum:
             # the batch: the same for every process, which then takes its share
             step_started = time.perf_counter()
-            indices = examples_of_step(state.step, len(data), config.batch_size, config.seed)
-            batches, supervised = data.batches(indices, max_tokens, rank, world_size), data.supervised(indices)
+            indices = examples_of_step(state.step, data, config.batch_size, config.seed)
+            tokens, supervised = int(data.lengths[indices].sum()), data.supervised(indices)
             # forward, backward and the optimizer's step
             torch.manual_seed((config.seed * 1_000_003 + state.step) * 1009 + rank)  # for dropout
             learning_rate = learning_rate_at(
                 state.step, total_steps, run.learning_rate, config.min_lr, config.lr_schedule,
                 config.warmup_steps or round(config.warmup_ratio * total_steps))
-            loss = accumulate(run.model, optimizer, batches, supervised)
+            loss = gradients(run, indices, supervised)
             sum_over_processes(loss, optimizer.parameters.values())
             norm = optimizer.step(learning_rate, loss, config.grad_clip).item()  # waits for the device
             state.train_loss = loss.item()
             state.skipped = 0 if math.isfinite(state.train_loss + norm) else state.skipped + 1
+            if state.step == first_step and rank == 0:  # it fits into memory: now a run that was here may go
+                clear(out_dir, () if config.resume else RESULTS)
             # the time
             state.step += 1
             state.elapsed, signum = seconds(), int(all_reduce(max(caught, default=0), "MAX"))
-            step_seconds = (state.elapsed - began) / (state.step - first_step)
-            time_for_steps = limit - state.elapsed - evaluation_seconds
-            total_steps = steps_in_time(run.steps, state.step, time_for_steps, step_seconds)
+            pace.step_done(state.elapsed, tokens)
+            total_steps = pace.total_steps(state.step)
             last = state.step >= total_steps
+            if pace.steps == 2 or (pace.steps == 1 and last):
+                say_what_fits(run, pace, total_steps)
             # the log
             row = {"step": state.step, "epoch": f"{state.step / steps_per_epoch:.4f}",
                    "train_loss": state.train_loss, "val_loss": "", "learning_rate": learning_rate, "grad_norm": norm,
-                   "tokens": int(data.lengths[indices].sum()), "supervised_tokens": supervised,
-                   "seconds": time.perf_counter() - step_started, "val_score": ""}
+                   "tokens": tokens, "supervised_tokens": supervised, "seconds": time.perf_counter() - step_started,
+                   "val_score": ""}
             interval = math.ceil(total_steps / 10) if config.eval_interval < 0 else config.eval_interval or total_steps
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
-                evaluations = math.ceil(total_steps / interval) - (state.step - 1) // interval  # to come
-                trained = state.elapsed - began - evaluating_seconds
-                left = (trained * (total_steps - state.step) / (state.step - first_step)
-                        + evaluations * evaluation_seconds)
-                left = min(left, max(limit - state.elapsed, evaluation_seconds))
+                left = pace.seconds_left(state.step, total_steps, interval)
                 report.show_progress(row, total_steps, left, state.skipped)
             # evaluation
-            affordable = state.elapsed - evaluated >= 10 * evaluation_seconds and time_for_steps >= evaluation_seconds
-            due = state.step % interval == 0 and (limit == math.inf or affordable)
+            due = state.step % interval == 0 and pace.has_time_to_evaluate()
             if last or due:
-                row.update(evaluate_and_keep_best(run, samples, max_tokens))
-                evaluated = seconds()
-                evaluation_seconds, state.elapsed = evaluated - state.elapsed, evaluated
-                evaluating_seconds += evaluation_seconds
+                row.update(evaluate_and_keep_best(run, samples))
+                state.elapsed = seconds()
+                pace.evaluation_done(state.elapsed)
                 if config.patience and state.waited >= config.patience:
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")

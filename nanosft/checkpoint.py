@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RESULTS = ("ckpt.pt", "log.csv", "loss.png", "best", "last")  # what a run leaves in its out_dir
 
 

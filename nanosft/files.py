@@ -16,7 +16,8 @@ def opened(path, mode, **options):
         with open(path, mode, **options) as file:
             yield file
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno:  # what requests raises is an OSError too
+            error.filename = error.filename or str(path)
         raise
 
 

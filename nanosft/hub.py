@@ -4,11 +4,8 @@ HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_TOKEN_PATH m
 is `owner/name`.
 """
 import hashlib
-import http.client
 import os
 import re
-import urllib.error
-import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,34 +64,19 @@ def cached(repository):
     return directory if whole and described else None
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Keeps the headers of every answer that sends on: the hub's have a file's commit and hash, the storage server's,
-    where a large file lies, have not."""
-
-    def __init__(self):
-        self.headers = []
-
-    def redirect_request(self, request, response, code, message, headers, url):
-        self.headers.append(headers)
-        return authorised(url)
-
-
-def authorised(url):
-    """A request with the user's token, which no other server than the hub gets, by a redirect or otherwise."""
-    request, token = urllib.request.Request(url), os.environ.get("HF_TOKEN", "")
+def ask(url):
+    """(answer to a GET, the headers on the way to it that tell a commit and a hash, or its own). The user's token goes
+    to the hub alone, and not along when that sends on to another host."""
+    import requests  # comes with tiktoken
+    headers, token = {"Accept-Encoding": "identity"}, os.environ.get("HF_TOKEN", "")
     path = Path(os.environ.get("HF_TOKEN_PATH", home() / "token")).expanduser()
     if not token and path.is_file():
         token = path.read_text()
     if token.strip() and url.startswith(f"{endpoint()}/"):
-        request.add_header("Authorization", f"Bearer {token.strip()}")
-    return request
-
-
-def ask(url):
-    """(answer to a GET, headers on the way to it that tell a commit and a hash, or its own)."""
-    redirects = Redirects()
-    response = urllib.request.build_opener(redirects).open(authorised(url), timeout=30)
-    told = [headers for headers in redirects.headers if "X-Repo-Commit" in headers and "ETag" in headers]
+        headers["Authorization"] = f"Bearer {token.strip()}"
+    response = requests.get(url, headers=headers, stream=True, timeout=30)
+    response.raise_for_status()
+    told = [one.headers for one in response.history if "X-Repo-Commit" in one.headers and "ETag" in one.headers]
     return response, [*told, response.headers][0]
 
 
@@ -103,7 +85,7 @@ def save(response, path, title, digest=""):
     the file, where it tells one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with response, atomic_file(path) as file:
-        while piece := response.read(1 << 20):
+        for piece in response.iter_content(1 << 20):
             file.write(piece)
             status(f"downloading {title}: {file.tell() / 1e6:,.0f} MB")
         file.flush()
@@ -126,8 +108,8 @@ def fetch(repository, file, commit="main"):
     folder, title = folder_of(repository), f"{repository}/{file}"
     try:
         response, told = ask(f"{endpoint()}/{repository}/resolve/{commit}/{file}")
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
+    except OSError as error:
+        if code_of(error) == 404:
             return None
         raise
     commit, digest = told.get("X-Repo-Commit", ""), told.get("X-Linked-Etag") or told.get("ETag", "")
@@ -146,18 +128,21 @@ def explained(repository):
     """What goes wrong with a download becomes one line with a remedy."""
     try:
         yield
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            raise UserError(f"the download of {repository} failed ({error}); check the name, or try again "
-                            "later") from None
-        raise UserError(f"the hub refuses {repository} ({error.code}): check the name or path; if its page asks you "
-                        "to, accept its licence there; then set HF_TOKEN to a token of your account that may read it"
-                        ) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        code = code_of(error)
+        if code in (401, 403):
+            raise UserError(f"the hub refuses {repository} ({code}): check the name or path; if its page asks you to, "
+                            "accept its licence there; then set HF_TOKEN to a token of your account that may read it"
+                            ) from None
         raise UserError(f"the download of {repository} failed ({str(error)[:100] or type(error).__name__}); check the "
-                        "network and try again, or name the path of a copy instead") from None
+                        "name and the network and try again, or name the path of a copy instead") from None
+
+
+def code_of(error):
+    """The status of the answer that an error of requests is about, or None."""
+    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def download(repository):

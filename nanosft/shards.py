@@ -136,15 +136,21 @@ class Shards:
 # ---- which examples a step takes ------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=1)
-def order_of_epoch(n_examples, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n_examples)
+def order_of_epoch(data, batch_size, seed, epoch):
+    """The examples of an epoch, (len(data),). The first epoch begins with its largest batch: a run that does not fit
+    into memory fails at once."""
+    order = np.random.default_rng([seed, epoch]).permutation(len(data))
+    if epoch == 0:
+        starts = np.arange(0, len(data), batch_size)
+        order = np.roll(order, -starts[np.add.reduceat(data.lengths[order], starts).argmax()])
+    return order
 
 
-def examples_of_step(step, n_examples, batch_size, seed):
+def examples_of_step(step, data, batch_size, seed):
     """The examples of optimizer step `step`, from 0. Every epoch takes all of them in a new order; its last step takes
     what is left."""
-    epoch, place = divmod(step, math.ceil(n_examples / batch_size))
-    return order_of_epoch(n_examples, seed, epoch)[place * batch_size:(place + 1) * batch_size]
+    epoch, place = divmod(step, math.ceil(len(data) / batch_size))
+    return order_of_epoch(data, batch_size, seed, epoch)[place * batch_size:(place + 1) * batch_size]
 
 
 def micro_batches(indices, lengths, max_tokens):

@@ -23,7 +23,7 @@ MUTATIONS = {
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
     "checksum of a shard not verified": ('''or crc32_of(path) != checksum:''', '''or not crc32_of(path):'''),
     "checksum of meta.json not verified": ('''!= (FORMAT_VERSION, checksum_of(meta)):''', '''!= (FORMAT_VERSION, meta.get("checksum", 0)):'''),
-    "partial last step dropped": ('''divmod(step, math.ceil(n_examples / batch_size))''', '''divmod(step, max(1, n_examples // batch_size))'''),
+    "partial last step dropped": ('''divmod(step, math.ceil(len(data) / batch_size))''', '''divmod(step, max(1, len(data) // batch_size))'''),
     "one order for every epoch": ('''default_rng([seed, epoch])''', '''default_rng([seed, 0])'''),
     "a process's share counted twice": ('''-self.lengths[i])[rank::world_size]''', '''-self.lengths[i])[0::world_size]'''),
     # files and records
@@ -86,13 +86,15 @@ MUTATIONS = {
     "evaluation as a mean of means": ('''            loss += model(*shards.batch(group)).item()''', '''            loss += model(*shards.batch(group)).item() / shards.supervised(group) * shards.supervised(range(len(shards))) * len(group) / len(shards)'''),
     "gradients averaged over the processes": ('''        exchange.wait()''', '''        exchange.wait()\n    for parameter in parameters:\n        parameter.grad /= dist.get_world_size()'''),
     "learning rate not at its end in time": ('''state.step, total_steps, run.learning_rate''', '''state.step, run.steps, run.learning_rate'''),
-    "evaluation not kept back from the time": ('''time_for_steps = limit - state.elapsed - evaluation_seconds''', '''time_for_steps = limit - state.elapsed'''),
-    "evaluations at any price": ('''state.elapsed - evaluated >= 10 * evaluation_seconds''', '''True'''),
+    "evaluation not kept back from the time": ('''return self.limit - self.now - self.evaluation_seconds''', '''return self.limit - self.now'''),
+    "evaluations at any price": ('''self.now - self.evaluated >= 10 * self.evaluation_seconds''', '''True'''),
     "no save between evaluations": ('''(120 if evaluated_now else 600)''', '''(120 if evaluated_now else math.inf)'''),
-    "time left in steps": ('''left = (trained * (total_steps - state.step) / (state.step - first_step)''', '''left = (float(total_steps - state.step)'''),
-    "evaluations to come not in the time left": ('''+ evaluations * evaluation_seconds)''', '''+ evaluation_seconds)'''),
+    "time left in steps": ('''left = (total_steps - step) * self.step_seconds()''', '''left = total_steps - step'''),
+    "evaluations to come not in the time left": ('''+ evaluations * self.evaluation_seconds''', '''+ self.evaluation_seconds'''),
     "the start of a run replaced": ('''start.exists() and is_ours:''', '''False:'''),
-    "an evaluation into the time of the last": ('''and time_for_steps >= evaluation_seconds''', ''''''),
+    "a platform without a compiler": ('''            run.compiles = False
+''', ''''''),
+    "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
     "rows lost where a log was edited": ('''if number.isdigit() and int(number) <= step:''', '''if len(kept) <= step:'''),
     "a capital hides a field": ('''if lower.keys() != record.keys() and len(lower) == len(record):''', '''if False:'''),
     "duplicates counted among the answers": ('''            report.drop("exact duplicates", location)
@@ -107,9 +109,18 @@ MUTATIONS = {
     "resume with other data": ('''if values and values["data"] != meta["checksum"]:''', '''if False:'''),
     "end-of-text the last id of the vocabulary": ('''model.config.eos_token_id = meta["stop"]''', '''model.config.eos_token_id = model.config.vocab_size - 1'''),
     "the grid keeps its source": ('''.index_put_((self.index,), x)''', '''.index_copy(0, self.index, x)'''),
-    "the compiler is imported for nothing": ('''if is_compiled else''', '''if True else'''),
+    "the compiler is imported for nothing": ('''if is_compiled(model) else''', '''if True else'''),
     "evaluation runs compiled": ('''torch.compiler.set_stance("force_eager")''', '''torch.compiler.set_stance("default")'''),
-    "gradients left by the warm-up": ('''            run.state.optimizer.zero_grad()''', '''            pass'''),
+    "gradients left by an attempt": ('''            p.grad = None
+            p.grad_dtype =''', '''            p.grad_dtype ='''),
+    "the largest batch anywhere": ('''    if epoch == 0:
+        starts''', '''    if False:
+        starts'''),
+    "a run cleared before another fits": ('''    if config.resume:
+        report.cut_rows''', '''    clear(out_dir, RESULTS)
+    if config.resume:
+        report.cut_rows'''),
+    "a first step that makes kernels in the pace": ('''if self.steps < 2 else''', '''if self.steps < 1 else'''),
     "two runs in one directory": ('''            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)''', '''            pass'''),
     "losses of three digits": ('''f"{value:.8g}"''', '''f"{value:.3g}"'''),
     # sampling

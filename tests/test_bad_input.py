@@ -302,7 +302,7 @@ CHECKPOINTS = [
     ("a pickle that runs code", evil(pickle.dump, "ckpt.pt"), r"\(UnpicklingError.*; start anew with --overwrite"),
     ("torch's pickle that runs code", evil(torch.save, "ckpt.pt"), r"\(UnpicklingError.*; start anew with --overwrite"),
     ("a list", lambda path: torch.save([1, 2], path / "ckpt.pt"), UNREADABLE),
-    ("another version", saved(format_version=1), "format 1, this program reads 2.*; start anew with --overwrite, or"),
+    ("another version", saved(format_version=1), "format 1, this program reads 3.*; start anew with --overwrite, or"),
     *((f"without {name}", saved(**{name: GONE}), UNREADABLE) for name in ("format_version", "values", "tensors")),
     *((f"another {name}", saved("values", **{name: value}), OTHER_SUM) for name, value in (
         ("state", {"step": 3}), ("config", {"warp": 9}), ("data", "0"), ("model_config", {}), ("dtype", "text"))),

@@ -315,11 +315,22 @@ def test_packing_ends_and_places_every_example_once_within_max_tokens(lengths, m
     assert max(lengths) == lengths[groups[0][0]]  # the longest goes first
 
 
-def test_an_epoch_is_shuffled_once():
+class Lengths(list):
+    """What of Shards the order of examples depends on."""
+    __hash__ = object.__hash__
+    lengths = property(np.array)
+
+
+def test_an_epoch_is_shuffled_once_and_the_first_begins_with_its_largest_batch():
     order_of_epoch.cache_clear()
-    steps = [examples_of_step(step, 1000, 8, seed=77).tolist() for step in range(125)]
-    assert sorted(sum(steps, [])) == list(range(1000)) and order_of_epoch.cache_info().misses == 1
-    assert examples_of_step(125, 1000, 8, seed=77).tolist() != steps[0]
+    data = Lengths(np.random.default_rng(3).integers(1, 90, 1003).tolist())
+    first, second = ([examples_of_step(step, data, 8, seed=77).tolist() for step in range(start, start + 126)]
+                     for start in (0, 126))
+    assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(1003))
+    assert order_of_epoch.cache_info().misses == 2
+    tokens = [[data.lengths[batch].sum() for batch in epoch] for epoch in (first, second)]
+    assert tokens[0][0] == max(tokens[0]) and tokens[1][0] < max(tokens[1])
+    assert [len(batch) for batch in first] == [len(batch) for batch in second] == [8] * 125 + [3]
 
 
 def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prepare, tmp_path, capsys):

@@ -369,7 +369,7 @@ def test_what_goes_wrong_with_a_data_set_is_one_line(hub, tmp_path, monkeypatch)
             paths_of("input", name)
     assert not list(tmp_path.rglob("datasets--a--d/**/listing.json"))
     hub.listing, hub.cut = None, True
-    with pytest.raises(UserError, match="the download of a/f failed .*; check the network and try again"):
+    with pytest.raises(UserError, match="the download of a/f failed .*; check the name and the network and try again"):
         paths_of("input", "hf:a/f")
     assert not list(tmp_path.rglob("0000*"))
     hub.cut = False
