@@ -398,7 +398,6 @@ def export(loaded, directory, gguf_type):
     file with all that."""
     directory = Path(directory)
     if directory.suffix == ".gguf":
-        loaded.model.merge_lora()
         return llamacpp.write_gguf(directory, loaded, gguf_type)
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"--export={directory} holds files already; name another directory")

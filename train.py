@@ -520,7 +520,8 @@ def begin(run, samples):
     started, step = time.perf_counter(), run.state.step
     if step < run.steps:
         with evaluating(run.model):  # 16 tokens: the first step waits for them
-            samples.show(run.model, f"at step {step:,}" if step else "before training", longest=16)
+            heading = f"at step {step:,}" if step else "before training"
+            samples.show(run.model, heading, longest=16, with_right=True)
     return track, time.perf_counter() - started
 
 

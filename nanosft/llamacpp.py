@@ -45,7 +45,7 @@ def write_gguf(path, loaded, kind):
         if config.rope_scaling:
             plain = rotary_speeds(dataclasses.replace(config, rope_scaling=None))
             writer.add_tensor("rope_freqs.weight", (plain / rotary_speeds(config)).numpy())
-        for name, tensor in loaded.model.named_parameters():
+        for name, tensor in loaded.model.merge_lora().named_parameters():
             tensor = tensor.detach().float()
             for layer, heads in (("attn.c_q.", config.n_head), ("attn.c_k.", config.n_kv_head)):
                 if layer in name and family_of(config) == "llama":

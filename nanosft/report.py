@@ -129,16 +129,19 @@ class Samples:
         steps = model.generate(prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab)
         return [[token for token in tokens if token is not None] for tokens in zip(*steps, strict=True)]
 
-    def show(self, model, heading, longest=64):
-        """Prints the first answers, each cut at the length of the longest right one plus a little, or at `longest`."""
+    def show(self, model, heading, longest=64, with_right=False):
+        """Prints the first answers, each cut at the length of the longest right one plus a little, or at `longest`;
+        `with_right`: and what is right."""
         status("")
         print(f"  {heading}:")
         count = len(self.titles)
         answers = self.answer(model, self.prompts[:count], min(longest, max(map(len, self.answers[:count])) + 4))
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
-            text = self.encoding.decode([token for token in answer if token != self.stop])
+            text, expected = (self.encoding.decode([token for token in tokens if token != self.stop])
+                              for tokens in (answer, right))
             mark = "  (exact)" if answer == right else ""
-            print(f"    {title}\n      -> {shorten(text, 58)!r}{mark}", flush=True)
+            told = f"      right: {shorten(expected, 58)!r}\n" if with_right else ""
+            print(f"    {title}\n{told}      -> {shorten(text, 58)!r}{mark}", flush=True)
 
     def right(self, model, batch=32):
         """How many answers are right: written exactly, or the likeliest of those that occur."""
