@@ -660,7 +660,8 @@ def test_answers_in_training_stop_at_the_context_and_show_no_template(data, caps
     samples.show(model, "here", with_right=True)
     right = [get_encoding("bytes").decode(answer[:-1]) for answer in samples.answers]
     shown = capsys.readouterr().out
-    assert shown.count("->") == 5 and re.findall(r"right: '(.*)'", shown) == [report.shorten(text, 58) for text in right]
+    assert re.findall(r"right: '(.*)'", shown) == [report.shorten(text, 58) for text in right]
+    assert shown.count("->") == len(right) == 5
     answers = samples.answer(model, samples.prompts, 40)
     assert [len(answer) for answer in answers] == [min(40, longest - len(prompt) + 1) for prompt in samples.prompts]
     texts = [f"Below is a task.\n\n### Do:\nname {i}\n### Say:\n{i}<|endoftext|>" for i in range(20)]

@@ -303,7 +303,7 @@ def test_an_adapter_is_downloaded_by_name(hub, tmp_path):
 
 
 @pytest.mark.parametrize("fault, message", [
-    *((f"{file} {fault}", "download of openai-community/gpt2 failed.*check the name and the network and try again, or name the path")
+    *((f"{file} {fault}", "download of openai-community/gpt2 failed.*and the network and try again, or name the path")
       for file in ("config.json", "model.safetensors") for fault in ("cut", "corrupt", "untold")),
     ("config.json gone", "the hub has no model openai-community/gpt2 with a config.json; check the name"),
     ("model.safetensors gone", "openai-community/gpt2 has no model.safetensors: take another copy of it"),
