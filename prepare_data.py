@@ -33,6 +33,7 @@ from nanosft.hub import TOKENIZER, base_of, locate
 from nanosft.records import Unusable, is_missing, to_messages
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
 from nanosft.sources import SEPARATOR, kind_of, paths_of, read_records
+from nanosft.tokenizer import has_other_vocabulary
 from nanosft.weights import read_config
 
 # what an out_dir may hold to be written anew
@@ -154,12 +155,13 @@ def tokens_of(config, head):
         directory = path.parent
         if path.name == "adapter_config.json":
             path = locate(base_of(path))
+            directory = directory if (directory / "tokenizer.json").is_file() else path.parent  # peft leaves it there
         family, values = read_config(path.parent / "config.json")
         name, template, context = "gpt2", "alpaca", values["block_size"]
         if (directory / "tokenizer.json").is_file():
             name = "tokenizer.json"
             template = "model" if read_chat_template(directory) else "alpaca"
-        elif family != "gpt2":
+        elif family != "gpt2" or has_other_vocabulary(directory):
             raise UserError(f"--model={config.model} has no tokenizer.json; put the model's beside its weights")
     if config.template == "model" != template:
         raise UserError(f"--template=model: {config.model} brings no chat template with its tokenizer.json; take "

@@ -397,7 +397,7 @@ def export(loaded, directory, gguf_type):
     """Writes weights (LoRA merged), configurations and the tokenizer, if there is one, for transformers; or one GGUF
     file with all that."""
     directory = Path(directory)
-    if directory.suffix == ".gguf":
+    if directory.suffix.lower() == ".gguf":
         return llamacpp.write_gguf(directory, loaded, gguf_type)
     if directory.is_dir() and any(directory.iterdir()):
         raise UserError(f"--export={directory} holds files already; name another directory")

@@ -34,6 +34,7 @@ from nanosft.hub import SIZES, locate, weight_files
 from nanosft.optimizer import AdamW
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches
 from nanosft.templates import bring_tokenizer, copy_tokenizer, get_encoding
+from nanosft.tokenizer import has_other_vocabulary
 from nanosft.weights import PADDING
 
 
@@ -166,7 +167,7 @@ class Pace:
     """
 
     def __init__(self, run, samples, answer_seconds, now):
-        self.planned, self.limit = run.steps, 60 * run.config.max_minutes or math.inf
+        self.planned, self.limit, self.compiles = run.steps, 60 * run.config.max_minutes or math.inf, run.compiles
         self.steps, self.trained, self.now, self.evaluated = 0, 0.0, now, now
         self.token_seconds, self.val_tokens, self.is_forecast = math.inf, float(run.val.lengths.sum()), True
         # two answers are shown, and `scored` are counted, 32 at a time, each of which takes about as long as six
@@ -196,7 +197,8 @@ class Pace:
 
     def total_steps(self, step):
         """The number of the step at which time is up, or of the last one that is planned; at least one is made."""
-        if self.limit == math.inf or (self.steps == 0 and self.now < self.limit):
+        second = self.now + (0 if self.compiles else self.step_seconds())  # a first step that compiles tells nothing
+        if self.limit == math.inf or (self.steps < 2 and second < self.limit):
             return self.planned
         steps = int(self.time_for_steps() / self.step_seconds()) if self.steps else 0
         return min(self.planned, max(1, step + max(0, steps)))
@@ -216,6 +218,7 @@ class Pace:
 def say_what_fits(run, pace, total_steps):
     """Prints what a limit of time means for the run, once its pace is known."""
     config = run.config
+    status("")
     if pace.evaluation_seconds > pace.limit:
         print(f"warning: one evaluation, with which a run ends, takes {report.duration(pace.evaluation_seconds)}: "
               "longer than --max_minutes. Prepare with a smaller --val_fraction, or take fewer --best_examples")
@@ -281,6 +284,9 @@ def build_model(config, meta, checkpoint, dtype):
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
                         f"({meta['encoding']}) has {meta['vocab_size']}: name other data with --data_dir, or prepare "
                         "it with the model's encoding")
+    if init_from != meta["model"] and has_other_vocabulary(locate(init_from).parent, config.data_dir):
+        raise UserError(f"--init_from={init_from} has a vocabulary of its own, not that of {config.data_dir}: prepare "
+                        f"the data with --model={init_from}")
     longest, context = max(meta["train"]["longest"], meta["val"]["longest"]), model.config.block_size
     if longest - 1 > context:
         raise UserError(f"--init_from={init_from} has a context of {context} tokens, the longest example {longest}: "
@@ -366,7 +372,9 @@ def gradients(run, indices, supervised):
         try:
             for block in model.h if run.compiles and not is_compiled(model) else ():
                 block.compile(dynamic=True)
-            batches = data.batches(indices, run.max_tokens, *rank_and_world_size())
+            rank, world_size = rank_and_world_size()
+            batches = data.batches(indices, run.max_tokens, rank, world_size)
+            torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)  # for dropout
             return accumulate(model, run.state.optimizer, batches, supervised)
         except torch.OutOfMemoryError:
             run.max_tokens //= 2
@@ -374,6 +382,7 @@ def gradients(run, indices, supervised):
             if run.max_tokens < longest:
                 raise UserError(f"one example of {longest} tokens does not fit into the memory of "
                                 f"{model.wte.weight.device}: try --gradient_checkpointing or a smaller model") from None
+            status("")
             print(f"out of memory: going on with --micro_batch_tokens={run.max_tokens}")
         except Exception as error:  # the compiler raises many kinds
             if not run.compiles:
@@ -381,6 +390,7 @@ def gradients(run, indices, supervised):
             run.compiles = False
             for block in model.h:
                 block._compiled_call_impl = None
+            status("")
             print(f"torch.compile does not work here ({type(error).__name__}); going on without it")
 
 
@@ -475,7 +485,8 @@ def set_up(config, device):
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
                                      weight_decay=config.weight_decay, low_memory=config.low_memory))
     steps = planned_steps(config, len(data), base["name"] == "scratch")
-    compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and steps >= 500)
+    is_long = steps >= 500 and not 0 < config.max_minutes < 5
+    compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and is_long)
     if values:
         with undamaged(Path(config.out_dir) / "ckpt.pt"):
             vars(state).update(values["state"])
@@ -565,7 +576,7 @@ def evaluate_and_keep_best(run, samples):
             heading += f", {samples.by} {state.val_score:.1%}"
         if config.best_by != "loss":
             reached, best = (state.val_score, *reached), (state.best_val_score, *best)
-        better = reached > best  # NaN is never better
+        better = reached > best and not math.isnan(state.val_loss)
         state.waited = 0 if better else state.waited + 1
         if better:
             state.best_val_loss, state.best_val_score = state.val_loss, state.val_score
@@ -605,7 +616,6 @@ def train(config, device):
             indices = examples_of_step(state.step, data, config.batch_size, config.seed)
             tokens, supervised = int(data.lengths[indices].sum()), data.supervised(indices)
             # forward, backward and the optimizer's step
-            torch.manual_seed((config.seed * 1_000_003 + state.step) * 1009 + rank)  # for dropout
             learning_rate = learning_rate_at(
                 state.step, total_steps, run.learning_rate, config.min_lr, config.lr_schedule,
                 config.warmup_steps or round(config.warmup_ratio * total_steps))
@@ -656,7 +666,7 @@ def train(config, device):
                 saved = state.elapsed
             if state.skipped >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
-                                f"use --dtype=float32, or look at the data; {out_dir} keeps the last good checkpoint")
+                                "use --dtype=float32, or look at the data; what was saved before them stays")
         if rank == 0:
             save_weights(run, "last")
     say_what_follows(config, state, signum if state.step < total_steps else 0, state.step == first_step)

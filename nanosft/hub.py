@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nanosft.console import UserError, status
-from nanosft.files import atomic_file, read_json, sha256_of
+from nanosft.files import atomic_file, read_json, sha256_of, write_json
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-SAFE = re.compile(r"[\w-][\w. -]*")  # a name that may become a directory's
+SAFE = re.compile(r'[^./\\:*?"<>|\0][^/\\:*?"<>|\0]*')  # a name that may become a directory's
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor stands in which
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 PICKLES = (".bin", ".pt", ".pth")  # what torch.save writes
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json",
              "chat_template.jinja")  # what lies beside the weights, where a model has it
 
 
@@ -35,10 +35,6 @@ def folder_of(repository, kind="models"):
 
 def endpoint():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-
-
-def is_offline():
-    return os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON")
 
 
 def shards_of(index):
@@ -68,6 +64,9 @@ def ask(url):
     """(answer to a GET, the headers on the way to it that tell a commit and a hash, or its own). The user's token goes
     to the hub alone, and not along when that sends on to another host."""
     import requests  # comes with tiktoken
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        raise UserError(f"{url} is not in {home()} and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")
+    os.environ["NETRC"] = os.devnull  # what stands in ~/.netrc would take the place of the token
     headers, token = {"Accept-Encoding": "identity"}, os.environ.get("HF_TOKEN", "")
     path = Path(os.environ.get("HF_TOKEN_PATH", home() / "token")).expanduser()
     if not token and path.is_file():
@@ -76,7 +75,8 @@ def ask(url):
         headers["Authorization"] = f"Bearer {token.strip()}"
     response = requests.get(url, headers=headers, stream=True, timeout=30)
     response.raise_for_status()
-    told = [one.headers for one in response.history if "X-Repo-Commit" in one.headers and "ETag" in one.headers]
+    told = [one.headers for one in response.history if "X-Repo-Commit" in one.headers
+            and ("X-Linked-Etag" in one.headers or "ETag" in one.headers)]
     return response, [*told, response.headers][0]
 
 
@@ -89,7 +89,8 @@ def save(response, path, title, digest=""):
             file.write(piece)
             status(f"downloading {title}: {file.tell() / 1e6:,.0f} MB")
         file.flush()
-        if file.tell() != int(response.headers.get("Content-Length") or file.tell()):
+        received = response.raw.tell()  # in bytes as they came; a proxy may have packed them
+        if received != int(response.headers.get("Content-Length") or received):
             raise ValueError(f"{title} came cut short")
         if digest and hash_of(file.name, digest) != digest:
             raise ValueError(f"{title} came damaged")
@@ -148,14 +149,11 @@ def code_of(error):
 def download(repository):
     """The directory of a repository in the hub's cache, with its weights or LoRA adapter, configuration and tokenizer,
     which are fetched first."""
-    if is_offline():
-        raise UserError(f"{repository} is not in {folder_of(repository).parent} and HF_HUB_OFFLINE is set; unset it, "
-                        "or name the path of a copy")
     with explained(repository):
-        print(f"downloading {repository} to {folder_of(repository).parent}", flush=True)
         config = fetch(repository, "config.json") or fetch(repository, "adapter_config.json")
         if config is None:
             raise UserError(f"the hub has no model {repository} with a config.json; check the name")
+        print(f"downloading {repository} to {folder_of(repository).parent}", flush=True)
         commit = config.parent.name  # of all files, though the repository may change meanwhile
         for file in TOKENIZER:
             fetch(repository, file, commit)
@@ -217,16 +215,19 @@ def dataset_files(name):
     listing = folder / "listing.json"
     if not REPOSITORY.fullmatch(repository) or len(chosen) > 2:
         raise UserError(f"hf:{name} is no data set; write hf:owner/name, hf:owner/name:split or with :config:split")
-    if not listing.is_file() and not is_offline():
-        with explained(repository):
-            save(ask(f"{endpoint()}/api/datasets/{repository}/parquet")[0], listing, repository)
     if not listing.is_file():
-        raise UserError(f"{repository} is not in {folder.parent.parent} and HF_HUB_OFFLINE is set; unset it")
+        with explained(repository):
+            configs = ask(f"{endpoint()}/api/datasets/{repository}/parquet")[0].json()
+        try:
+            names = [*configs, *(split for splits in configs.values() for split in splits.keys())]
+            if not names or not all(map(SAFE.fullmatch, names)):
+                raise ValueError
+        except (AttributeError, ValueError):
+            raise UserError(f"the hub's list of {repository}'s files is not as expected; name the path of a copy "
+                            "instead") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(listing, configs)
     configs = read_json(listing)
-    names = [*configs, *(split for splits in configs.values() for split in splits)]
-    if not all(isinstance(splits, dict) for splits in configs.values()) or not all(map(SAFE.fullmatch, names)):
-        listing.unlink()
-        raise UserError(f"the hub's list of {repository}'s files is not as expected; name the path of a copy instead")
     if len(chosen) == 1 and chosen[0] not in configs:
         chosen = ["", *chosen]
     config, split = [*chosen, "", ""][:2]

@@ -2,6 +2,7 @@
 import contextlib
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 from model import rotary_speeds
@@ -67,7 +68,8 @@ def write_gguf(path, loaded, kind):
               f"{loaded.spec['prompt_format']!r}")
     with atomic_file(path.parent / "Modelfile") as file:
         file.write(modelfile(path.name, loaded).encode())
-    print(f"wrote {path} and Modelfile; try: ollama create {path.stem.lower()} -f {path.parent / 'Modelfile'}")
+    name, file = path.stem.lower().replace(" ", "-"), shlex.quote(str(path.parent / "Modelfile"))
+    print(f"wrote {path} and Modelfile; try: ollama create {name} -f {file}")
 
 
 def add_sizes(writer, config):
@@ -143,5 +145,6 @@ def go_template(spec, stop, *system):
     text = "".join(stop if text is EOT else text for text, _ in segments)
     if spec.get("starts_with_bos"):
         text = text.removeprefix(spec["bos_token"])  # llama.cpp puts it first by itself
-    text = text.replace("{{", "\0").replace("}}", '{{ "}}" }}').replace("\0", '{{ "{{" }}')
+    for mark in ("{", '"""'):  # these are Go's and the Modelfile's own
+        text = text.replace(mark, f"{{{{ {json.dumps(mark)} }}}}")
     return text.replace("\1", "{{ .Prompt }}").replace("\2", "{{ .System }}")

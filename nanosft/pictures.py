@@ -83,8 +83,8 @@ def plot_confusion(counts, labels, path):
             color = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{count:,}", ha="center", va="center", color=color)
     ticks = range(len(labels))
-    axes.set_xticks(ticks, names, rotation=45, ha="right")
-    axes.set_yticks(ticks, names)
+    axes.set_xticks(ticks, names, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(ticks, names, parse_math=False)
     axes.set(xlabel="likeliest label", ylabel="truth", title=f"{matrix.trace():,} of {matrix.sum():,} right")
     if write(figure, path):
         print(f"drew {path}")

@@ -175,7 +175,8 @@ def question_and_answer(asked, question, rest):
         elif name:
             messages.append(Message("assistant", {"text": text_of(answer, name)}))
         return with_system(messages, rest)
-    if asked == "prompt":  # a prompt and its answer stay as they are
+    beside = {*NAMES["system"], *NAMES["history"], *NAMES["context"]} & rest.keys()
+    if asked == "prompt" and not beside:  # a prompt and its answer stay as they are
         messages, role, key = [Message("prompt", {asked: text_of(question, asked)})], "completion", name
     else:
         context, given = take(rest, "context")

@@ -137,12 +137,11 @@ class Shards:
 
 @functools.lru_cache(maxsize=1)
 def order_of_epoch(data, batch_size, seed, epoch):
-    """The examples of an epoch, (len(data),). The first epoch begins with its largest batch: a run that does not fit
-    into memory fails at once."""
+    """The examples of an epoch, (len(data),). The first epoch begins with the batch of the longest one: if that does
+    not fit into memory, a run fails at once."""
     order = np.random.default_rng([seed, epoch]).permutation(len(data))
     if epoch == 0:
-        starts = np.arange(0, len(data), batch_size)
-        order = np.roll(order, -starts[np.add.reduceat(data.lengths[order], starts).argmax()])
+        order = np.roll(order, -(data.lengths[order].argmax() // batch_size * batch_size))
     return order
 
 

@@ -180,6 +180,8 @@ def records_in(value, name):
                if entry and all(isinstance(record, dict) for record in entry) and not is_conversation(entry)}
     if len(lists) == len(value) and len({*map(len, columns)}) == 1 and (known or not records):
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    if re.search(r"\.(jsonl|ndjson)(\.gz)?$", name.lower()):  # a line is a record, whatever its fields hold
+        records = {key: records[key] for key in records.keys() & {"train", "data", "rows"}}
     for key in ("train", "data", "rows", *records):
         if key in records and (len(records) == 1 or key in ("train", "data", "rows")):
             others = [other for other in value if other != key]

@@ -46,6 +46,18 @@ class Tokenizer(tiktoken.Encoding):
         return [token for piece in kept for token in self._encode_single_piece(piece)]
 
 
+def has_other_vocabulary(directory, data_dir=""):
+    """Whether a model's directory brings another vocabulary than prepared data have: their own, or GPT-2's."""
+    def vocabulary(directory):  # {token: id}; an old GPT-2 has vocab.json alone
+        path = Path(directory) / "tokenizer.json"
+        if path.is_file():
+            return (read_json(path).get("model") or {}).get("vocab")
+        return read_json(path.with_name("vocab.json")) if path.with_name("vocab.json").is_file() else None
+
+    theirs, ours = vocabulary(directory), vocabulary(data_dir) or {"\u0120the": 262}
+    return isinstance(theirs, dict) and any(theirs.get(token) != ours[token] for token in ours)
+
+
 def read_tokenizer(path):
     """The Tokenizer of a tokenizer.json. It gives every text the ids that the library `tokenizers` gives; where it
     cannot, a UserError names what differs."""
@@ -124,7 +136,7 @@ def convert(path, values):
             raise UserError(f"{path} has no added token {token}: name one of its added_tokens as {key} in "
                             "tokenizer_config.json beside it")
     tokenizer.eos_token, tokenizer.eot_token = names["eos_token"], special[names["eos_token"]]
-    tokenizer.bos_token = names.get("bos_token", names["eos_token"])
+    tokenizer.bos_token = names.get("bos_token", "")
     processor = values["post_processor"] or {}
     first = [step["single"][0] for step in processor.get("processors", [processor]) if "single" in step]
     tokenizer.starts_with_bos = {"SpecialToken": {"id": tokenizer.bos_token, "type_id": 0}} in first

@@ -92,8 +92,8 @@ MUTATIONS = {
     "time left in steps": ('''left = (total_steps - step) * self.step_seconds()''', '''left = total_steps - step'''),
     "evaluations to come not in the time left": ('''+ evaluations * self.evaluation_seconds''', '''+ self.evaluation_seconds'''),
     "the start of a run replaced": ('''start.exists() and is_ours:''', '''False:'''),
-    "a platform without a compiler": ('''            run.compiles = False
-''', ''''''),
+    "a platform without a compiler": ('''            if not run.compiles:
+                raise''', '''            raise'''),
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
     "rows lost where a log was edited": ('''if number.isdigit() and int(number) <= step:''', '''if len(kept) <= step:'''),
     "a capital hides a field": ('''if lower.keys() != record.keys() and len(lower) == len(record):''', '''if False:'''),
@@ -101,8 +101,8 @@ MUTATIONS = {
             continue''', '''            report.drop("exact duplicates", location)
             report.answers.update(kept[-1].fields.values())
             continue'''),
-    "dropout differs after resume": ('''torch.manual_seed((config.seed * 1_000_003 + state.step) * 1009 + rank)''', '''pass'''),
-    "best overwritten by worse": ('''better = reached > best  #''', '''better = state.val_loss != 4.0  #'''),
+    "dropout differs after resume": ('''torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)''', '''pass'''),
+    "best overwritten by worse": ('''better = reached > best and''', '''better = state.val_loss != 4.0 and'''),
     "rounded weights saved, not masters": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach().float() for n, p in run.state.optimizer.parameters.items()}'''),
     "weights saved in 16 bits": ('''Path(run.config.out_dir) / name, run.base, run.state.optimizer.masters''', '''Path(run.config.out_dir) / name, run.base, {n: p.detach() for n, p in run.state.optimizer.parameters.items()}'''),
     "resume repeats a step": ('''    save_checkpoint(Path(run''', '''    state["step"] -= 1\n    save_checkpoint(Path(run'''),
@@ -113,11 +113,11 @@ MUTATIONS = {
     "evaluation runs compiled": ('''torch.compiler.set_stance("force_eager")''', '''torch.compiler.set_stance("default")'''),
     "gradients left by an attempt": ('''            p.grad = None
             p.grad_dtype =''', '''            p.grad_dtype ='''),
-    "the largest batch anywhere": ('''    if epoch == 0:
-        starts''', '''    if False:
-        starts'''),
+    "the longest example anywhere": ('''    if epoch == 0:
+        order''', '''    if False:
+        order'''),
     "a run cleared before another fits": ('''    if config.resume:
-        report.cut_rows''', '''    clear(out_dir, RESULTS)
+        report.cut_rows''', '''    clear(out_dir, () if config.resume else RESULTS)
     if config.resume:
         report.cut_rows'''),
     "a first step that makes kernels in the pace": ('''if self.steps < 2 else''', '''if self.steps < 1 else'''),

@@ -93,7 +93,9 @@ MODELFILES = {
     "two columns": (dict(prompt_format="{q}|{r}", response_format="{a}"), '"""{{ .Prompt }}{{ .Response }}'),
     "no column": (dict(prompt_format="Sing:", response_format="{a}"), '"""Sing:{{ .Response }}'),
     "a column": (dict(prompt_format="Q: {q} {{'x'}}\nA:", response_format="{a}"),
-                 """Q: {{ .Prompt }} {{ "{{" }}'x'{{ "}}" }}\nA:{{ .Response }}"""),
+                 """Q: {{ .Prompt }} {{ "{" }}{{ "{" }}'x'}}\nA:{{ .Response }}"""),
+    "quotes": (dict(prompt_format='Text: """\n{q}"""', response_format="{a}"),
+               r"""Text: {{ "\"\"\"" }}""" + "\n" + r"""{{ .Prompt }}{{ "\"\"\"" }}{{ .Response }}"""),
 }
 
 

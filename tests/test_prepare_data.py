@@ -321,15 +321,14 @@ class Lengths(list):
     lengths = property(np.array)
 
 
-def test_an_epoch_is_shuffled_once_and_the_first_begins_with_its_largest_batch():
+def test_an_epoch_is_shuffled_once_and_the_first_begins_with_the_longest_example():
     order_of_epoch.cache_clear()
     data = Lengths(np.random.default_rng(3).integers(1, 90, 1003).tolist())
     first, second = ([examples_of_step(step, data, 8, seed=77).tolist() for step in range(start, start + 126)]
                      for start in (0, 126))
     assert sorted(sum(first, [])) == sorted(sum(second, [])) == list(range(1003))
     assert order_of_epoch.cache_info().misses == 2
-    tokens = [[data.lengths[batch].sum() for batch in epoch] for epoch in (first, second)]
-    assert tokens[0][0] == max(tokens[0]) and tokens[1][0] < max(tokens[1])
+    assert max(data.lengths[first[0]]) == max(data) > max(data.lengths[second[0]])
     assert [len(batch) for batch in first] == [len(batch) for batch in second] == [8] * 125 + [3]
 
 

@@ -375,7 +375,7 @@ def test_what_goes_wrong_with_a_data_set_is_one_line(hub, tmp_path, monkeypatch)
     hub.cut = False
     assert len(paths_of("input", "hf:a/f")) == 2
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="a/g is not in .*hub and HF_HUB_OFFLINE is set; unset it"):
+    with pytest.raises(UserError, match="/a/g/parquet is not in .* and HF_HUB_OFFLINE is set; unset it"):
         paths_of("input", "hf:a/g")
 
 

@@ -227,12 +227,12 @@ def test_an_added_token_may_be_an_ordinary_one_or_lie_past_the_vocabulary(tmp_pa
 
 
 @pytest.mark.parametrize("config, mapped, eos, bos", [
-    (None, None, "<|endoftext|>", "<|endoftext|>"),
-    ({"eos_token": "<|im_end|>"}, None, "<|im_end|>", "<|im_end|>"),
+    (None, None, "<|endoftext|>", ""),
+    ({"eos_token": "<|im_end|>"}, None, "<|im_end|>", ""),
     ({"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>"}, None, "<|im_end|>", "<|im_start|>"),
     (None, {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>"}, "<|im_end|>", "<|im_start|>"),
-    ({"eos_token": "<|im_end|>"}, {"eos_token": "<|im_start|>"}, "<|im_end|>", "<|im_end|>"),
-    ({"eos_token": None, "bos_token": None}, {"eos_token": "<|im_end|>"}, "<|im_end|>", "<|im_end|>"),
+    ({"eos_token": "<|im_end|>"}, {"eos_token": "<|im_start|>"}, "<|im_end|>", ""),
+    ({"eos_token": None, "bos_token": None}, {"eos_token": "<|im_end|>"}, "<|im_end|>", ""),
 ])
 def test_the_files_beside_it_name_end_and_beginning(tmp_path, config, mapped, eos, bos):
     for name, names in (("tokenizer_config.json", config), ("special_tokens_map.json", mapped)):

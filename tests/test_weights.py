@@ -222,7 +222,8 @@ def hub(tmp_path, monkeypatch):
             elif file.suffix == ".safetensors":
                 scheme = "" if owner == "gated" else "http:"
                 status, headers["Location"] = 302, f"{scheme}//localhost:{server.server_port}/storage/{file.name}"
-                headers |= {"ETag": "of storage", "X-Linked-Etag": f'"{sha256}"'}
+                headers |= {"X-Linked-Etag": f'"{sha256}"'}
+                del headers["ETag"]
             if fault == "untold":
                 del headers["X-Repo-Commit"]
             self.send_response(status)
@@ -307,7 +308,7 @@ def test_an_adapter_is_downloaded_by_name(hub, tmp_path):
       for file in ("config.json", "model.safetensors") for fault in ("cut", "corrupt", "untold")),
     ("config.json gone", "the hub has no model openai-community/gpt2 with a config.json; check the name"),
     ("model.safetensors gone", "openai-community/gpt2 has no model.safetensors: take another copy of it"),
-    ("offline", "openai-community/gpt2 is not in .* and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")])
+    ("offline", "openai-community/gpt2/.* is not in .* and HF_HUB_OFFLINE is set; unset it, or name the path")])
 def test_a_broken_download_leaves_no_weights_and_says_what_to_do(fault, message, hub, monkeypatch):
     hub.fault = fault
     if fault == "offline":
