@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanosft.console import UserError
 from nanosft.files import read_json
-from nanosft.records import Message, Unusable
+from nanosft.records import Unusable
 
 PAD = "\u2003"  # white space around a placeholder: gone where the template strips the content
 MARK = "pLace\n\n holder's <é> & \"{"  # a template that changes contents is likely to change this
@@ -54,12 +54,6 @@ def render_chat_template(messages, spec):
         raise Unusable("an answer with a thought, which the chat template would take apart", REMEDY)
     return [(text if isinstance(text, Special) else text.format(*contents), number > 0 and learned[number])
             for text, number in segments]
-
-
-def stop_of(spec):
-    """The special token that ends an answer."""
-    segments = render_chat_template([Message("user", {}), Message("assistant", {})], spec)
-    return [text for text, supervised in segments if supervised][-1]
 
 
 @lru_cache(maxsize=1000)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tiktoken
 
-from nanosft.chat_template import Special, read_chat_template, render_chat_template, stop_of
+from nanosft.chat_template import Special, read_chat_template, render_chat_template
 from nanosft.console import UserError
 from nanosft.hub import TOKENIZER
 from nanosft.records import NAME, Message, Unusable, fill
@@ -160,9 +160,7 @@ def title_of(spec):
 
 def stop_token(spec, encoding):
     """The id that ends an answer."""
-    if spec["template"] == "model":
-        return encoding.encode_single_token(stop_of(spec))
-    return encoding.eot_token
+    return encode(render_answer("", spec)[-1:], encoding)[0][0]
 
 
 def encode(segments, encoding, train_on_prompt=False):

@@ -10,9 +10,15 @@ import tokenizers
 import transformers
 from tokenizers import pre_tokenizers
 
-from nanosft.chat_template import Special, read_chat_template, render_chat_template, render_roles, stop_of
+from nanosft.chat_template import Special, read_chat_template, render_chat_template, render_roles
 from nanosft.console import UserError
 from nanosft.records import Message
+from nanosft.templates import render_answer
+
+
+def stop_of(spec):
+    return render_answer("", {**spec, "template": "model"})[-1][0]
+
 
 CHATML = """\
 {% for message in messages %}
