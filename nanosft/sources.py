@@ -73,27 +73,15 @@ def files_in(flag, name):
 
 # ---- text in any encoding -------------------------------------------------------------------------------------------
 
-def encoding_of(head):
-    """The encoding of a text by its first bytes: UTF-16 with and without a mark, else UTF-8."""
-    for mark, encoding in ((codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
-                           (codecs.BOM_UTF16_BE, "utf-16")):
-        if head.startswith(mark):
-            return encoding
-    for start, encoding in ((1, "utf-16-le"), (0, "utf-16-be")):  # every second byte of plain letters is 0
-        if 2 * head[start::2].count(0) > len(head) / 2 > 10 * head[1 - start::2].count(0):
-            return encoding
-    return "utf-8-sig"
-
-
 def open_text(path, encoding="", newline=""):
     """A plain or gzipped file as text without a byte-order mark; with newline=None every line end is \\n."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
-        head = file.read(4096)
+        head = file.read(4)
     try:
         if not encoding or codecs.lookup(encoding).name == "utf-8":  # with or without a mark
-            encoding = encoding_of(head)
+            encoding = json.detect_encoding(head)
     except (LookupError, ValueError):
         raise UserError(f"--text_encoding: Python knows no {encoding!r}; try cp1252 or utf-16") from None
     return opener(path, "rt", encoding=encoding, newline=newline)
