@@ -47,16 +47,14 @@ def files_in(flag, name):
     """The files behind one name, sorted. What else a directory holds is said."""
     if name.startswith("hf:") and not os.path.exists(name):
         return dataset_files(name[3:])
-    path, kinds = Path(name), " ".join(f".{end}" for end in KINDS)
-    if not os.path.exists(name):
-        found = sorted(map(Path, glob.glob(name, recursive=True)))
-    elif path.is_file():
+    path, kinds, pattern = Path(name), " ".join(f".{end}" for end in KINDS), name
+    if path.is_file():
         if not kind_of(path):
             raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so")
         return [path]
-    else:
-        found = sorted(file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}")
-    found = [file for file in found if file.is_file()]
+    if path.is_dir():
+        pattern = f"{glob.escape(name)}/**"
+    found = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file())
     files = [file for file in found if kind_of(file)]
     if not files:
         fault = "a directory without such files" if os.path.exists(name) else "not there"
