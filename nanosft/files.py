@@ -63,11 +63,7 @@ def sha256_of(*paths):
 
 def crc32_of(path):
     """The CRC-32 of a file as 8 hexadecimal digits."""
-    crc = 0
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            crc = zlib.crc32(piece, crc)
-    return f"{crc:08x}"
+    return f"{zlib.crc32(Path(path).read_bytes()):08x}"
 
 
 def crc32_of_json(values):
