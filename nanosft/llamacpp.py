@@ -50,7 +50,9 @@ def write_gguf(path, loaded, kind):
             tensor = tensor.detach().float()
             for layer, heads in (("attn.c_q.", config.n_head), ("attn.c_k.", config.n_kv_head)):
                 if layer in name and family_of(config) == "llama":
-                    tensor = interleave(tensor, heads)
+                    # each head's rows in llama.cpp's order: the pairs that rotary positions turn are neighbours there,
+                    # and half a head apart in Hugging Face's files
+                    tensor = tensor.view(heads, 2, -1, tensor.size(-1)).transpose(1, 2).reshape(tensor.shape)
             is_small = tensor.dim() == 1 or name.startswith("wpe")
             data_type = type_of.F32 if is_small else getattr(type_of, kind.upper())
             if data_type == type_of.Q8_0 and tensor.size(-1) % 32:  # it counts in blocks of 32
@@ -110,12 +112,6 @@ def add_tokenizer(writer, gguf, loaded):
     source = spec["chat_template"] if spec["template"] == "model" else chat_template(spec)
     if source:
         writer.add_chat_template(source)
-
-
-def interleave(weight, heads):
-    """A matrix (out, in) with each head's rows in llama.cpp's order: the pairs that rotary positions turn are
-    neighbours there, and half a head apart in Hugging Face's files."""
-    return weight.view(heads, 2, -1, weight.size(-1)).transpose(1, 2).reshape(weight.shape)
 
 
 # ---- Ollama ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ MUTATIONS = {
     "strict drops": ('''            if config.strict:\n                raise UserError(f"{location}: {error}")''', '''            if False:\n                raise UserError(f"{location}: {error}")'''),
     "prompts of val in training not seen": ('''elif split and share in prompts:''', '''elif False:'''),
     "part of the stop text shown": ('''- max(0, len(config.stop) - 1))''', ''')'''),
-    "rope pairs of a GGUF not neighbours": ('''.transpose(1, 2).reshape(weight.shape)''', '''.reshape(weight.shape)'''),
+    "rope pairs of a GGUF not neighbours": ('''.transpose(1, 2).reshape(tensor.shape)''', '''.reshape(tensor.shape)'''),
     "any state dict turned": ('''widths[1] == 3 * widths[0]:''', '''True:'''),
     "texts split by their first token": ('''isinstance(text, Special) or not text.strip()''', '''text is EOT'''),
     "another model's label": ('''[label.strip() for label in likeliest])''', '''[labels[0].strip() for label in likeliest])'''),
