@@ -1,9 +1,7 @@
 """The device and the dtype that this machine computes with."""
 import ctypes
-import math
 import os
 import sys
-import time
 
 import torch
 
@@ -33,22 +31,10 @@ def pick_dtype(name, device):
     dtypes, choice = (torch.bfloat16, torch.float16, torch.float32), 2
     if device.type == "cuda":
         choice = 0 if torch.cuda.get_device_capability(device) >= (8, 0) else 1
-    elif device.type == "cpu" and multiplies_bfloat16():
-        choice = 0
+    elif device.type == "cpu":
+        able = torch.cpu.get_capabilities()
+        choice = 0 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16")) else 2
     return dtypes[int(all_reduce(choice, how="MAX"))]
-
-
-def multiplies_bfloat16(n=512, rounds=20):
-    """Whether this CPU multiplies bfloat16 natively, by timing matrix products by turns: without, it takes longer over
-    them than over float32. One that is busy for a moment spoils no choice that a whole run pays for."""
-    best = {}
-    for _ in range(rounds):
-        for dtype in (torch.bfloat16, torch.float32):
-            x = torch.ones(n, n, dtype=dtype)
-            started = time.perf_counter()
-            x @ x
-            best[dtype] = min(best.get(dtype, math.inf), time.perf_counter() - started)
-    return 1.2 * best[torch.bfloat16] < best[torch.float32]
 
 
 def keep_freed_memory():
