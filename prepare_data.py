@@ -81,8 +81,7 @@ class PrepareConfig:
         if self.val_fraction + self.test_fraction >= 1:
             problems.append(f"--test_fraction: {self.test_fraction} beside --val_fraction={self.val_fraction} leaves "
                             "nothing to train on")
-        check(self, at_least={"block_size": 0, "shard_tokens": 1, "show": 0},
-              fractions=("val_fraction", "test_fraction"), problems=problems,
+        check(self, at_least={"shard_tokens": 1}, fractions=("val_fraction", "test_fraction"), problems=problems,
               choices={"template": ("", "alpaca", "chat", "text", "model")})
 
 

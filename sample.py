@@ -79,7 +79,7 @@ class SampleConfig:
         if self.export and len(names_of(str(self.model))) > 1:
             problems.append("--export: writes one model; name one with --model")
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
-        check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1, "top_k": 0, "seed": 0},
+        check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1},
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "gguf_type": llamacpp.TYPES},
               problems=problems)
 

@@ -91,10 +91,6 @@ class TrainConfig:
     def __post_init__(self):
         at_least = dict.fromkeys(("n_layer", "n_head", "n_embd", "batch_size", "best_examples"), 1)
         at_least |= dict.fromkeys(("eval_interval", "save_interval"), -1)
-        at_least |= dict.fromkeys((
-            "micro_batch_tokens", "max_examples", "epochs", "max_steps", "max_minutes", "learning_rate", "min_lr",
-            "warmup_steps", "weight_decay", "grad_clip", "log_interval", "lora_rank", "lora_alpha", "seed",
-            "patience"), 0)
         problems = []
         if self.low_memory and self.beta2 > 0.99:
             problems.append(f"--low_memory: needs --beta2=0.99 or less, not {self.beta2}: bfloat16 is coarse")

@@ -79,19 +79,20 @@ def refuse_unknown(word, fields):
 
 def check(config, at_least=None, fractions=(), choices=None, problems=()):
     """Gives the fields their types (what Python's callers put there: NumPy's numbers, paths), then raises one UserError
-    that lists every problem. at_least: {field: its least value}, and numbers end below 2^31; fractions: fields in
-    [0, 1); choices: {field: its values}; problems: messages that are ready, "--name: ..."."""
+    that lists every problem. Numbers are from 0, or from what at_least has for the field, up to 2^31; fractions: fields
+    in [0, 1); choices: {field: its values}; problems: messages that are ready, "--name: ..."."""
     found, given, at_least, choices = [], set(), at_least or {}, choices or {}
     for name, field in config.__dataclass_fields__.items():
         value = typed(name, getattr(config, name), field.type)
         object.__setattr__(config, name, value)
         if value != field.default:
             given.add(name)
+        is_number, least = field.type in (int, float), at_least.get(name, 0)
         if name in fractions and not 0 <= value < 1:
             found.append(f"--{name}: {value} is not in [0, 1)")
-        if name in at_least and value < at_least[name]:
-            found.append(f"--{name}: {value} is below {at_least[name]}")
-        elif name in at_least and not value < 2**31:
+        elif is_number and value < least:
+            found.append(f"--{name}: {value} is below {least}")
+        elif is_number and not value < 2**31:
             found.append(f"--{name}: {value} is no number below 2^31")
         if name in choices and value not in choices[name]:
             found.append(f"--{name}: {value!r} is none of {', '.join(filter(None, choices[name]))}")
