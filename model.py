@@ -420,10 +420,9 @@ class GPT(nn.Module):
         """
         x, cache, lengths = self.prefill(prompts, max_new_tokens)
         rows = list(range(len(prompts)))  # the prompt that each row of the cache goes on with; None: it has ended
-        if repetition_penalty != 1:
-            seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=x.device)  # ids of rows
-            for row, prompt in zip(seen, prompts, strict=True):
-                row[prompt] = True
+        seen = torch.zeros(len(prompts), self.config.vocab_size, dtype=torch.bool, device=x.device)  # ids of rows
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
         for step in range(max_new_tokens):
             logits = self.logits(x)[:, :n_vocab]
             if repetition_penalty != 1:
@@ -441,9 +440,8 @@ class GPT(nn.Module):
                 return
             if len(left) <= len(rows) // 2:  # to copy the cache pays once half of its rows have ended
                 rows, drawn, cache, lengths = [rows[i] for i in left], drawn[left], cache[:, :, left], lengths[left]
-                seen = seen[left] if repetition_penalty != 1 else None
-            if repetition_penalty != 1:
-                seen[torch.arange(len(drawn)), drawn] = True
+                seen = seen[left]
+            seen.scatter_(1, drawn[:, None], True)
             x, lengths = self.decode(drawn, cache, lengths), lengths + 1
 
     @torch.inference_mode()
@@ -546,9 +544,7 @@ class GPT(nn.Module):
     def save_pretrained(self, directory, state=None):
         """Writes config.json and model.safetensors in Hugging Face's layout, each under a temporary name first.
         `state`: the values to write, by parameter name; None: the parameters as they rest."""
-        if state is None:
-            state = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        write_pretrained(directory, state, self.config)
+        write_pretrained(directory, state or dict(self.named_parameters()), self.config)
 
 
 def draw(logits, temperature, top_k, top_p, generator):
