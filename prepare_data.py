@@ -138,9 +138,8 @@ def files_of(config):
     """{split: paths}: the files of the records; "" is the split that a hash of the prompt decides."""
     if not config.input:
         return {"": [Path(__file__).parent / "data" / "demo.jsonl"]}
-    named = {"": ("input", config.input), "val": ("val_input", config.val_input),
-             "test": ("test_input", config.test_input)}
-    return {split: paths_of(flag, names) for split, (flag, names) in named.items() if names}
+    flags = {"": "input", "val": "val_input", "test": "test_input"}
+    return {split: paths_of(flag, getattr(config, flag)) for split, flag in flags.items() if getattr(config, flag)}
 
 
 def tokens_of(config, head):
