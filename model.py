@@ -526,10 +526,7 @@ class GPT(nn.Module):
         train.py (its best weights; a LoRA adapter comes on its base). UserError for what is none, or does not fit."""
         path = locate(str(name_or_path))
         if path.name == "adapter_config.json":
-            base = base_of(path)
-            if locate(base).name == path.name:
-                raise UserError(f"{path}: the base {base} is itself an adapter; name plain weights there")
-            return cls.from_pretrained(base, dropout, dtype).load_adapter(path.parent)
+            return cls.from_pretrained(base_of(path), dropout, dtype).load_adapter(path.parent)
         state, numbers = read_pretrained(path, dtype)
         numbers["n_layer"] = min(numbers["n_layer"], len(state) + 1)  # enough to miss some
         with torch.device("meta"):  # no memory and no initial values for what the file fills

@@ -152,7 +152,7 @@ def tokens_of(config, head):
         path = locate(config.model)
         directory = path.parent
         if path.name == "adapter_config.json":
-            path = locate(base_of(path))
+            path = base_of(path)
             directory = directory if (directory / "tokenizer.json").is_file() else path.parent  # peft leaves it there
         family, values = read_config(path.parent / "config.json")
         name, template, context = "gpt2", "alpaca", values["block_size"]

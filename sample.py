@@ -136,9 +136,7 @@ def load_model(path, dtype, bases):
     if path.name != "adapter_config.json":
         bases[path] = bases.get(path) or GPT.from_pretrained(path, dtype=dtype)
         return bases[path]
-    base, stored = locate(base_of(path)), path.parent / "prompt.json"
-    if base.name == path.name:
-        return GPT.from_pretrained(path.parent)  # which refuses an adapter over an adapter
+    base, stored = base_of(path), path.parent / "prompt.json"
     trained_on = read_json(stored).get("base_sha256") if stored.is_file() else None
     if trained_on and sha256_of(*weight_files(base)) != trained_on:
         raise UserError(f"{path.parent} was trained on other weights than {base} holds; write the path of those into "
@@ -171,7 +169,7 @@ def load(config):
         is_borrowed = trained and not pair[0]
         spec, directory = trained if is_borrowed else pair
         if path.name == "adapter_config.json" and not (directory / "tokenizer.json").is_file():
-            directory = locate(base_of(path)).parent  # peft leaves the tokenizer with the base
+            directory = base_of(path).parent  # peft leaves the tokenizer with the base
         if spec is None:  # a model of others', asked in its own words, or raw
             own = "tokenizer.json" if (directory / "tokenizer.json").is_file() else "gpt2"
             template = "model" if own != "gpt2" and read_chat_template(directory) else ""

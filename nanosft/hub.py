@@ -171,11 +171,14 @@ def download(repository):
 # ---- where a model lies ---------------------------------------------------------------------------------------------
 
 def base_of(path):
-    """The name or path of the base that an adapter_config.json names."""
+    """The weights file of the base that an adapter_config.json names."""
     base = read_json(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not (base in SIZES or REPOSITORY.fullmatch(base) or os.path.exists(base)):
         raise UserError(f"{path}: its base {base!r} is not there; write as base_model_name_or_path where it is now")
-    return base.removeprefix("openai-community/")
+    found = locate(base.removeprefix("openai-community/"))
+    if found.name == path.name:
+        raise UserError(f"{path}: the base {base} is itself an adapter; name plain weights there")
+    return found
 
 
 def locate(name_or_path):
