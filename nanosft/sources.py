@@ -207,13 +207,10 @@ def read_table(file, name):
         next(filter(any, rows), None)
         return rows
 
-    usual = {}
-    plain = [{"quoting": csv.QUOTE_NONE}] if delimiter == "\t" else []
-    for quoting in (usual, {"escapechar": "\\"}, *plain):  # "" or \" within quotes, or quotes that mean nothing
-        if fits(rows_of(**quoting), len(columns), delimiter):
-            usual = quoting
-            break
-    rows = rows_of(**usual)
+    ways = [{}, {"escapechar": "\\"}]  # "" or \" within quotes
+    if delimiter == "\t":
+        ways.append({"quoting": csv.QUOTE_NONE})  # quotes that mean nothing
+    rows = rows_of(**next((way for way in ways if fits(rows_of(**way), len(columns), delimiter)), {}))
     for row in filter(any, rows):
         if len(row) < len(columns) or any(row[len(columns):]):
             remedy = "fill in the others" if len(row) < len(columns) else "quote fields that hold the separator"

@@ -33,7 +33,7 @@ MUTATIONS = {
     "rows that the viewer has cut are learned": ('''if record.get(CUT):''', '''if False:'''),
     "unused fields not named": ('''self.unused[name] += 1''', '''self.unused[name] += 0'''),
     "columns paired by their order": ('''{key: column[row] for key, column in value.items()} for row in first''', '''dict(zip(value, row, strict=True)) for row in zip(*map(dict.values, columns), strict=True)'''),
-    "quotes in tabs swallow rows": ('''{"escapechar": "\\\\"}, *plain):''', '''{"escapechar": "\\\\"}):'''),
+    "quotes in tabs swallow rows": ('''ways.append({"quoting": csv.QUOTE_NONE})''', '''pass'''),
     "UTF-16 without a mark not seen": ('''encoding = json.detect_encoding(head)''', '''encoding = "utf-16" if head[:2] in (b"\\xff\\xfe", b"\\xfe\\xff") else "utf-8-sig"'''),
     "strict drops": ('''            if config.strict:\n                raise UserError(f"{location}: {error}")''', '''            if False:\n                raise UserError(f"{location}: {error}")'''),
     "prompts of val in training not seen": ('''elif split and share in prompts:''', '''elif False:'''),
