@@ -510,8 +510,7 @@ class GPT(nn.Module):
             base, shapes = modules.get(name), {part: tuple(tensor.shape) for part, tensor in parts.items()}
             if not isinstance(base, nn.Linear) or shapes != {"lora_A": (rank, base.in_features),
                                                              "lora_B": (base.out_features, rank)}:
-                raise UserError(f"{directory}: the adapter's {name} does not fit this model or its rank {rank}; name "
-                                "the base that it was trained on")
+                raise UserError(f"{directory}: {name} does not fit this model or rank {rank}; name the adapter's base")
             module = LoraLinear(base, rank, alpha, dropout)
             module.load_state_dict(parts, strict=False)  # what it lacks is the base's
             self.set_submodule(name, module)

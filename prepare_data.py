@@ -162,8 +162,7 @@ def tokens_of(config, head):
         elif family != "gpt2" or has_other_vocabulary(directory):
             raise UserError(f"--model={config.model} has no tokenizer.json; put the model's beside its weights")
     if config.template == "model" != template:
-        raise UserError(f"--template=model: {config.model} brings no chat template with its tokenizer.json; take "
-                        "alpaca or chat")
+        raise UserError(f"--template=model: {config.model} brings no chat template; take alpaca or chat")
     spec = {"template": config.template or template}
     for flag in ("prompt_format", "response_format"):  # a shell leaves \n as two characters
         spec[flag] = getattr(config, flag).replace("\\n", "\n").replace("\\t", "\t")
@@ -345,8 +344,7 @@ def print_report(meta, report, out_dir, replaced):
     for line in report.lines():
         print(line)
     if not meta["val"]["examples"]:
-        print("warning: the validation split is empty; train.py then keeps the last weights, not the best "
-              "(--val_fraction, or more records)")
+        print("warning: no validation records, so that the last weights count as the best: raise --val_fraction")
     flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
     command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
     tokens = meta["model"] or f"{meta['encoding']} encoding"

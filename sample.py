@@ -125,8 +125,7 @@ def stored_spec(path):
     spec = read_json(stored)
     for name in ("template", "prompt_format", "response_format", "encoding"):
         if not isinstance(spec.get(name), str):
-            raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; put back the file that train.py wrote, "
-                            "or remove it and give --data_dir")
+            raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; remove it and give --data_dir")
     return spec
 
 
@@ -326,8 +325,7 @@ def answer_all(loaded, prompts, config):
     context, answers, cut = loaded.model.config.block_size, [None] * len(prompts), Counter()
     order = sorted((i for i, prompt in enumerate(prompts) if len(prompt) <= context), key=lambda i: len(prompts[i]))
     if len(order) < len(prompts):
-        print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens "
-              "and get no response")
+        print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens")
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
         steps = loaded.generate([prompts[i] for i in batch], config)

@@ -221,8 +221,7 @@ def say_what_fits(run, pace, total_steps):
     elif total_steps < run.steps:
         print(f"about {total_steps:,} of the {run.steps:,} steps fit into --max_minutes={config.max_minutes:g}")
     if config.warmup_steps >= total_steps:
-        print(f"warning: --warmup_steps={config.warmup_steps} is the whole run: the learning rate will not reach "
-              f"{run.learning_rate:g}")
+        print(f"warning: --warmup_steps={config.warmup_steps} is the whole run: no step has the full learning rate")
 
 
 def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
@@ -278,8 +277,7 @@ def build_model(config, meta, checkpoint, dtype):
     model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
     if not 0 <= model.config.vocab_size - meta["vocab_size"] < PADDING:
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
-                        f"({meta['encoding']}) has {meta['vocab_size']}: name other data with --data_dir, or prepare "
-                        "it with the model's encoding")
+                        f"{meta['vocab_size']}: name other data with --data_dir, or prepare with --model={init_from}")
     if init_from != meta["model"] and has_other_vocabulary(locate(init_from).parent, config.data_dir):
         raise UserError(f"--init_from={init_from} has a vocabulary of its own, not that of {config.data_dir}: prepare "
                         f"the data with --model={init_from}")
@@ -295,8 +293,7 @@ def build_model(config, meta, checkpoint, dtype):
                             f"python sample.py --model={shlex.quote(init_from)} --export=DIRECTORY")
         base["sha256"] = digest.result()
         if checkpoint and checkpoint["base"]["sha256"] != base["sha256"]:
-            raise UserError(f"--resume: {path} is not the file that this adapter was begun on; name that with "
-                            "--init_from")
+            raise UserError(f"--resume: this adapter was not begun on {path}; name its base with --init_from")
         targets = list(filter(None, config.lora_targets.split(",")))
         model.add_lora(config.lora_rank, config.lora_alpha, config.lora_dropout, targets)
     return model, base
@@ -312,8 +309,7 @@ def open_run(config):
         return resume(config, out_dir)
     if not config.overwrite and any((out_dir / name).exists() for name in RESULTS):
         way_on = "go on with --resume, " if (out_dir / "ckpt.pt").exists() else ""
-        raise UserError(f"--out_dir={out_dir} holds a run already: {way_on}replace it with --overwrite, or name "
-                        "another --out_dir")
+        raise UserError(f"--out_dir={out_dir} holds a run: {way_on}replace it with --overwrite, or name another")
     return config, None, None
 
 
@@ -341,8 +337,7 @@ def resume(config, out_dir):
                         f"from its weights with --init_from={out_dir}")
     config = dataclasses.replace(saved, **changes)
     if not (Path(config.data_dir) / "meta.json").exists():
-        raise UserError(f"--resume: the run's data are not in {config.data_dir}, as seen from here: say with "
-                        "--data_dir where they are now")
+        raise UserError(f"--resume: the run's data are not in {config.data_dir}; say with --data_dir where they are")
     return config, values, tensors
 
 
@@ -474,8 +469,7 @@ def set_up(config, device):
     start, out_dir = Path(base["name"]).resolve(), Path(config.out_dir).resolve()
     is_ours = start == out_dir or any(out_dir / name in (start, *start.parents) for name in RESULTS)
     if not values and base["name"] != "scratch" and start.exists() and is_ours:
-        raise UserError(f"--out_dir={config.out_dir} holds {base['name']}, from which the run starts: name "
-                        "another --out_dir")
+        raise UserError(f"--out_dir={config.out_dir} holds {base['name']}, from which the run starts: name another")
     model.gradient_checkpointing = config.gradient_checkpointing
     max_tokens = tokens_at_once(config, device, int(data.lengths.max()), model.config.n_embd)
     state = RunState(optimizer=AdamW(model.to(device), dtype, betas=(config.beta1, config.beta2),
@@ -488,8 +482,7 @@ def set_up(config, device):
             vars(state).update(values["state"])
             state.optimizer.load_state_dict(tensors)
         if steps != values["steps"]:
-            print(f"the run now has {steps:,} steps instead of {values['steps']:,}: from here on the learning rate "
-                  "follows the new length")
+            print(f"{steps:,} steps instead of {values['steps']:,}: the learning rate follows the new length")
     if config.patience and state.waited >= config.patience:
         steps = state.step
     encoding = get_encoding(meta["encoding"], config.data_dir)
@@ -536,8 +529,7 @@ def samples_of(run):
     """The prompts that are answered at each evaluation; UserError where --best_by has nothing to score."""
     by, has_val, is_text = run.config.best_by, len(run.val) > 0, run.meta["prompt"]["template"] == "text"
     if run.config.patience and not has_val:
-        raise UserError("--patience waits for a better validation loss, and there are no validation records: prepare "
-                        "the data with --val_fraction=0.05, or leave it out")
+        raise UserError("--patience needs validation records: prepare with --val_fraction=0.05, or leave it out")
     if by != "loss" and (is_text or not has_val):
         raise UserError(f"--best_by={by} needs validation records with answers; leave it at loss")
     count = run.config.best_examples
@@ -678,8 +670,7 @@ def say_what_follows(config, state, signum, nothing_done):
         print(f"stopped after step {state.step:,} and saved; go on with: python train.py --resume{flag}")
         sys.exit(128 + signum)
     if nothing_done:
-        print("nothing to do: the run had reached its --epochs, --max_steps, --max_minutes or --patience; raise what "
-              "ended it")
+        print("nothing to do: raise what ended the run, --epochs, --max_steps, --max_minutes or --patience")
         return
     best = f"best validation loss {state.best_val_loss:.4f}; " if math.isfinite(state.best_val_loss) else ""
     flag = out_dir and f" --model={out_dir}"

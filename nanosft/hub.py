@@ -134,9 +134,8 @@ def explained(repository):
     except (OSError, ValueError) as error:
         code = code_of(error)
         if code in (401, 403):
-            raise UserError(f"the hub refuses {repository} ({code}): check the name or path; if its page asks you to, "
-                            "accept its licence there; then set HF_TOKEN to a token of your account that may read it"
-                            ) from None
+            raise UserError(f"the hub refuses {repository} ({code}): check the name; accept the licence on its page, "
+                            "if it has one, and set HF_TOKEN to a token that may read it") from None
         raise UserError(f"the download of {repository} failed ({str(error)[:100] or type(error).__name__}); check the "
                         "name and the network and try again, or name the path of a copy instead") from None
 
@@ -194,12 +193,10 @@ def locate(name_or_path):
             if (directory / name).is_file():
                 return directory / name
     if path.is_dir():
-        raise UserError(f"{path} holds neither model.safetensors nor its index nor pytorch_model.bin nor "
-                        "adapter_config.json: name a directory with a model")
+        raise UserError(f"{path} holds no model.safetensors or adapter_config.json: name a directory with a model")
     if not path.is_file() or path.suffix not in (".safetensors", *PICKLES) and path.name != INDEX:
-        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, a name owner/name on the hub, or the "
-                        "path of a Hugging Face directory, a .safetensors or .bin file, nanoGPT's ckpt.pt, or an "
-                        "out_dir of train.py, once that has run")
+        raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, owner/name on the hub, a directory "
+                        "or file of weights, nanoGPT's ckpt.pt, or an out_dir of train.py, once that has run")
     return path
 
 

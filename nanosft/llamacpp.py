@@ -66,8 +66,7 @@ def write_gguf(path, loaded, kind):
         writer.close()
     columns = NAME.findall(loaded.spec["prompt_format"])
     if len(columns) > 1:
-        print(f"Ollama asks one question, this model reads {len(columns)} columns: word each prompt as in "
-              f"{loaded.spec['prompt_format']!r}")
+        print(f"Ollama asks one question: word the columns of each as in {loaded.spec['prompt_format']!r}")
     with atomic_file(path.parent / "Modelfile") as file:
         file.write(modelfile(path.name, loaded).encode())
     name, file = path.stem.lower().replace(" ", "-"), shlex.quote(str(path.parent / "Modelfile"))

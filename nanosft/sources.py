@@ -58,14 +58,12 @@ def files_in(flag, name):
     files = [file for file in found if kind_of(file)]
     if not files:
         fault = "a directory without such files" if os.path.exists(name) else "not there"
-        raise UserError(f"--{flag}: {name!r} is {fault}; give a file, a directory with {kinds}, or a pattern like "
-                        "'data/*.jsonl'")
+        raise UserError(f"--{flag}: {name!r} is {fault}; give a file, a directory with {kinds}, or a pattern")
     if len(files) < len(found):
         print(f"{name}: not read: {', '.join(file.name for file in found if file not in files)[:100]}")
     held_out = [file.name for file in files if re.match("(test|valid|validation|val|dev|eval)[^a-z]", file.name, re.I)]
     if held_out and flag == "input":
-        print(f"{name}: {', '.join(held_out)[:100]} is trained on like the others; --test_input and --val_input name "
-              "files to hold out")
+        print(f"{name}: {', '.join(held_out)[:100]} is trained on, too; --test_input and --val_input hold out files")
     return files
 
 

@@ -61,14 +61,12 @@ def read_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise UserError(f"{path} holds no plain tensors ({type(error).__name__}); use the model's .safetensors"
-                        ) from None
+        raise UserError(f"{path} holds no plain tensors ({type(error).__name__}); use a .safetensors file") from None
 
 
 def taken_from(state, path):
     """Yields (name, tensor) of the state dict that a file held, and lets go of each, so that the reader may free it."""
     if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors, alone or as nanoGPT's ckpt.pt has it; for a "
-                        "checkpoint of train.py name its out_dir")
+        raise UserError(f"{path} holds no state dict of tensors; for a checkpoint of train.py name its out_dir")
     for name in list(state):
         yield str(name), state.pop(name)

@@ -133,8 +133,7 @@ def convert(path, values):
                 names[key] = token["content"] if isinstance(token, dict) else token
     for key, token in names.items():
         if token not in special:
-            raise UserError(f"{path} has no added token {token}: name one of its added_tokens as {key} in "
-                            "tokenizer_config.json beside it")
+            raise UserError(f"{path} has no added token {token}: name one as {key} in tokenizer_config.json")
     tokenizer.eos_token, tokenizer.eot_token = names["eos_token"], special[names["eos_token"]]
     tokenizer.bos_token = names.get("bos_token", "")
     processor = values["post_processor"] or {}

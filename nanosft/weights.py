@@ -92,12 +92,10 @@ def read_config(path):
     values = read_json(path)
     family = str(values.get("model_type", "gpt2"))
     if family not in ARCHITECTURE:
-        raise UserError(f"{path}: model_type is {family!r}; only {', '.join(ARCHITECTURE)} are supported: take "
-                        "one of these")
+        raise UserError(f"{path}: model_type is {family!r}; take one of {', '.join(ARCHITECTURE)}")
     for name, ours in ARCHITECTURE[family].items():
         if values.get(name, ours) != ours:
-            raise UserError(f"{path}: {name} is {values[name]!r}; only {family}'s own {ours!r} is supported: take "
-                            f"another {family}")
+            raise UserError(f"{path}: {name} is {values[name]!r}; take a {family} with its own {ours!r}")
     defaults = {"n_positions": 1024, "vocab_size": 50257} if family == "gpt2" else {}
     values = {**defaults, **values}
     numbers = {ours: values[theirs] for ours, theirs in NUMBERS[family].items() if values.get(theirs) is not None}
@@ -204,8 +202,7 @@ def read_pretrained(path, dtype):
     if values.get("tied_head", True):
         head = state.pop("lm_head.weight", None)
         if head is not None and not torch.equal(head, state.get("wte.weight", head)):
-            raise UserError(f"{path}: the output head differs from the token embedding, which config.json ties to it; "
-                            "take another model")
+            raise UserError(f"{path}: the output head is not the token embedding, as config.json says; take another")
     return state, values
 
 
@@ -236,8 +233,7 @@ def read_adapter(directory, config):
     values, updates = read_json(Path(directory) / "adapter_config.json"), {}
     for name, value in values.items():
         if value and name not in KNOWN and (name, value) not in USUAL:
-            raise UserError(f"{directory}: the adapter's option {name}={value!r} is not supported; merge it into its "
-                            "base with peft")
+            raise UserError(f"{directory}: option {name}={value!r} is not supported; merge it into its base with peft")
     rank, alpha, dropout = values.get("r"), values.get("lora_alpha"), values.get("lora_dropout", 0.0)
     are_numbers = type(rank) is int and all(type(number) in (int, float) for number in (alpha, dropout))
     if not are_numbers or rank < 1 or not 0 <= alpha < math.inf or not 0 <= dropout < 1:

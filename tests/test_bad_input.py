@@ -351,8 +351,8 @@ FALSE = "model.safetensors is no valid safetensors file .*"
 NO_CONFIG = "config.json is no configuration of a model: "
 NO_OBJECT = "config.json is no JSON object; download or write it again"
 NO_GPT2 = "model.safetensors holds no GPT-2: expected the matrices wte.weight and wpe.weight and layers h.0"
-NO_BIN = "holds no plain tensors .*use the model's .safetensors"
-NO_STATE = "holds no state dict of tensors, alone or as nanoGPT's ckpt.pt has it; for a checkpoint of train.py name"
+NO_BIN = "holds no plain tensors .*use a .safetensors file"
+NO_STATE = "holds no state dict of tensors; for a checkpoint of train.py name"
 NO_FIT = "model.* does not fit config.json: .*; this is another kind of model, or a broken file"
 W, P = torch.zeros(257, 64), torch.zeros(16, 64)
 WEIGHTS = [
@@ -393,12 +393,12 @@ WEIGHTS = [
     (".bin text", binary(put("pytorch_model.bin", "version https://git-lfs")), NO_BIN),
     (".bin a list", binary([W, P]), NO_STATE), (".bin of numbers", binary({"wte.weight": 3}), NO_STATE),
     (".bin by number", binary({1: W, 2: P}), NO_FIT), (".bin of half a model", binary({"wte.weight": W}), NO_FIT),
-    ("nothing", gone("model.safetensors"), "holds neither model.safetensors nor its index nor pytorch_model.bin nor"),
+    ("nothing", gone("model.safetensors"), "holds no model.safetensors or adapter_config.json: name a directory"),
 ]
 
 
 ARGS = {"block_size": 16, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 64}
-NO_NANOGPT = "ckpt.pt holds no (state dict of tensors, alone or as nanoGPT's|GPT-2: expected the matrices)"
+NO_NANOGPT = "ckpt.pt holds no (state dict of tensors|GPT-2: expected the matrices)"
 
 
 NANOGPT = [
@@ -429,22 +429,22 @@ ADAPTERS = [
     ("no weights", gone("adapter_model.safetensors"), "No such file or directory: .*adapter_model.safetensors"),
     ("weights cut short", cut("adapter_model.safetensors", 400), "adapter_model.safetensors is no valid .*download or"),
     ("no JSON", put("adapter_config.json", "r = 4"), "adapter_config.json is no JSON object; download or write"),
-    ("another rank", adapter(r=8), "adapter's h.0.* does not fit this model or its rank 8; name the base that it was"),
+    ("another rank", adapter(r=8), "h.0.* does not fit this model or rank 8; name the adapter's base"),
     *((f"{name}={value!r}", adapter(**{name: value}),
        f"{name}={value!r}.*in adapter_config.json make no adapter; write or download it again") for name, value in (
         ("r", 0), ("r", 2.0), ("r", "four"), ("r", None), ("lora_alpha", "16"), ("lora_alpha", math.inf),
         ("lora_dropout", 1.5), ("lora_dropout", None))),
-    ("unknown option", adapter(use_warp=True), "the adapter's option use_warp=True is not supported; merge it into"),
+    ("unknown option", adapter(use_warp=True), "option use_warp=True is not supported; merge it into"),
     ("a base that is none", base_is(None), "its base None is not there; write as base_model_name"),
     ("a base that is a list", base_is(["gpt2"]), r"its base \['gpt2'\] is not there; write as base_model"),
     ("a base that is not there", base_is("no/where/at"), "its base 'no/where/at' is not there; write as"),
     ("its own base", base_is("adapter"), "the base adapter is itself an adapter; name plain"),
     ("no updates", updates(), "the adapter holds no updates; write or download it again"),
-    ("half an update", updates(h__0__attn__c_attn__lora_A=torch.zeros(4, 8)), "adapter's h.0.attn.c_attn does not fit"),
-    ("a layer that is not there", updates(h__9__attn__c_attn__lora_A=P), "adapter's h.9.attn.c_attn does not fit"),
+    ("half an update", updates(h__0__attn__c_attn__lora_A=torch.zeros(4, 8)), "h.0.attn.c_attn does not fit"),
+    ("a layer that is not there", updates(h__9__attn__c_attn__lora_A=P), "h.9.attn.c_attn does not fit"),
     ("no update", updates(wte=P), "holds .*transformer.wte.weight; expected lora_A and lora_B of .*: merge it into"),
     ("the output head", updates(lm_head__lora_A=P), "holds .*lm_head.lora_A.weight; expected .* in blocks alone"),
-    ("a revision", adapter(revision="v2"), "the adapter's option revision='v2' is not supported; merge it"),
+    ("a revision", adapter(revision="v2"), "option revision='v2' is not supported; merge it"),
 ]
 
 
@@ -481,7 +481,7 @@ def file(content, name="a.jsonl", **flags):
 
 TWO = wording(template="alpaca", prompt_format="{title}|{text}|", response_format="{label}")
 TWO_COLUMNS = "--prompt: this model reads the columns title, text; give a JSON object"
-PUT_BACK = ".*put back the file that train.py wrote, or remove it and give --data_dir"
+PUT_BACK = ".*; remove it and give --data_dir"
 PROMPT = dict(prompt="x")
 SAMPLES = [
     ("--file missing", wording(), dict(file="nowhere.jsonl"), "--file: 'nowhere.jsonl' is not there; give a file"),
@@ -581,7 +581,7 @@ REMEDIES = [
     (put("x.xlsx", ONE), PREPARE, dict(input="x.xlsx"), "is none of .* .csv .*save it so", move("x.xlsx", "x.jsonl"),
      dict(input="x.jsonl")),
     (put("x.jsonl", ONE), PREPARE, dict(input="y.jsonl"), "is not there; give a file", None, dict(input="x.jsonl")),
-    (put("x.jsonl", ONE), PREPARE, dict(input="*.csv"), "or a pattern like", None, dict(input="x*.jsonl")),
+    (put("x.jsonl", ONE), PREPARE, dict(input="*.csv"), "or a pattern", None, dict(input="x*.jsonl")),
     (put("x.jsonl", ONE), PREPARE, dict(input="x.jsonl", out_dir="x.jsonl"), "is a file; name a directory",
      None, dict(out_dir="y")),
     (put("x.jsonl", ONE), PREPARE, dict(input="x.jsonl", out_dir="model"), "not ours .*; name another directory",
@@ -602,7 +602,7 @@ REMEDIES = [
     # train.py
     (nothing, TRAIN, TRAINED, "go on with --resume", None, dict(resume=True)),
     (nothing, TRAIN, TRAINED, "replace it with --overwrite", None, dict(overwrite=True)),
-    (nothing, TRAIN, TRAINED, "name another --out_dir", None, dict(out_dir="new")),
+    (nothing, TRAIN, TRAINED, "or name another$", None, dict(out_dir="new")),
     (nothing, TRAIN, dict(out_dir="out", resume=True, seed=3), "drop --seed=3 .it ran with 1337.",
      None, dict(seed=1337)),
     (nothing, TRAIN, dict(out_dir="out", resume=True, learning_rate=3.0), "drop --learning_rate=3.0 .it ran with 0.002",
@@ -633,7 +633,7 @@ REMEDIES = [
     (nothing, SAMPLE, dict(export="model"), "name another directory", None, dict(export="new")),
     (gone("model/prompt.json"), SAMPLE, PROMPT, "give the --data_dir that it was trained on",
      None, dict(data_dir="data")),
-    (lambda path: wording(template=3)(path / "model"), SAMPLE, PROMPT, "or remove it and give --data_dir",
+    (lambda path: wording(template=3)(path / "model"), SAMPLE, PROMPT, "remove it and give --data_dir",
      gone("model/prompt.json"), dict(data_dir="data")),
     (nothing, SAMPLE, dict(file="data/none.jsonl"), "give a file, a directory with",
      again(test_fraction=0.2), dict(file="data/test.jsonl")),

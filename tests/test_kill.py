@@ -368,7 +368,7 @@ def test_what_is_left_of_a_run_is_not_overwritten(kept, tmp_path, command):
         (tmp_path / "out" / kept).write_bytes(b"precious")
     before = snapshot(tmp_path / "out")
     error = command(out_dir=tmp_path / "out")
-    assert "holds a run already" in error and "--overwrite" in error and ("--resume" in error) == (kept == "ckpt.pt")
+    assert "holds a run: " in error and "--overwrite" in error and ("--resume" in error) == (kept == "ckpt.pt")
     assert snapshot(tmp_path / "out") == before
     assert command(out_dir=tmp_path / "out", overwrite=True) == ""
     assert step_of(tmp_path / "out") == 6 and steps(tmp_path / "out") == [1, 2, 3, 4, 5, 6]

@@ -139,7 +139,7 @@ def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base
     shutil.copytree(base, tmp_path / "moved")  # the same base by another name
     assert fit(resume=True, init_from=str(tmp_path / "moved"), max_steps=7).step == 7
     tiny(block_size=128, seed=8).save_pretrained(tmp_path / "moved")
-    with pytest.raises(UserError, match="is not the file that this adapter was begun on; name that with --init_from"):
+    with pytest.raises(UserError, match="this adapter was not begun on .*; name its base with --init_from"):
         fit(resume=True, max_steps=8)
     with pytest.raises(UserError, match="was trained on other weights than"):
         sample.main(SampleConfig(model=str(tmp_path / "out"), prompt="x", device="cpu"))

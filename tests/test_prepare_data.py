@@ -181,7 +181,7 @@ def test_pairs_are_no_texts_and_a_template_comes_with_a_tokenizer(prepare, tmp_p
         prepare([{"prompt": "q", "completion": "a"}], template="text")
     tiny().save_pretrained(tmp_path / "m")
     (tmp_path / "m" / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
-    with pytest.raises(UserError, match="--template=model: .*m brings no chat template with its tokenizer.json; take"):
+    with pytest.raises(UserError, match="--template=model: .*m brings no chat template; take"):
         prepare(colour_records(), template="model", encoding="", model=str(tmp_path / "m"))
 
 

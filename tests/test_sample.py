@@ -388,7 +388,7 @@ def test_new_rows_get_a_label_and_may_be_in_another_encoding(tmp_path, capsys):
     records = [json.loads(line) for line in (tmp_path / "a").read_text(encoding="utf-8").splitlines()]
     assert [record["title"] for record in records] == ["caf\xe9", "t\xfcr"]
     assert all(record["likeliest label"] in ("cat", "dog") for record in records)
-    with pytest.raises(UserError, match="--labels: none of label is an answer of the file's, such as cat; name"):
+    with pytest.raises(UserError, match="--labels: none of label is an answer of the file's; name such as cat"):
         use(model, file=labelled(tmp_path, cat=2, dog=2), labels="label", output=str(tmp_path / "a"))
 
 
@@ -425,8 +425,7 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
     assert score.label_set([], "pos,b", loaded) == {" pos": [*b" pos", 256], " b": [*b" b", 256]}
     capsys.readouterr()
     assert score.label_set(["a", "b", "a"], "", loaded) == score.label_set(["a", "b", "c"], "", loaded) == {}
-    assert capsys.readouterr().out == ("2 different answers in 3 records: if they are classes, name these with "
-                                       "--labels\n")
+    assert capsys.readouterr().out == "2 different answers in 3 records: name classes with --labels\n"
     assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == {}  # no place for one and its stop
     with pytest.raises(UserError, match="--labels: one has 65 tokens"):
         score.label_set([], "b," + "a" * 64, loaded)

@@ -395,7 +395,7 @@ def test_several_files_directories_and_patterns(tmp_path, monkeypatch, capsys):
         (tmp_path / name).write_text(LINES)
     assert len(found("split")) == 3
     assert capsys.readouterr().out == (
-        "split: Test-1.jsonl is trained on like the others; --test_input and --val_input name files to hold out\n")
+        "split: Test-1.jsonl is trained on, too; --test_input and --val_input hold out files\n")
     assert found("a.jsonl, b.csv,") == ["a.jsonl", "b.csv"]
     assert found("*.jsonl") == ["a.jsonl", "e, f.jsonl"] and found("in/**/*.txt") == ["in/c.txt", "in/deep/d.txt"]
     for names, message in (("no.jsonl", "'no.jsonl' is not there; give a file"), ("a.jsonl,no.csv", "'no.csv' is not"),

@@ -287,7 +287,7 @@ BYTE_STEP = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     ("", {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{**SPLIT, "invert": True}, BYTE_STEP]}},
      "'invert': True" + TAKE),
     ("added", {"lstrip": True}, "an added token that depends on what is beside it: <.endoftext.>" + TAKE),
-    ("added", {"content": "<|end|>"}, "no added token <.endoftext.>: name one .* as eos_token in tokenizer_config"),
+    ("added", {"content": "<|end|>"}, "no added token <.endoftext.>: name one as eos_token in tokenizer_config"),
 ])
 def test_what_differs_is_refused_by_its_name(tmp_path, where, changes, message):
     values = tiny_file("t h", "th e")
@@ -347,8 +347,8 @@ def test_a_file_without_a_key_is_one_line(tmp_path, key):
 
 @pytest.mark.parametrize("text, message", [("[]", "no JSON object"), ('{"eos_token": ["x"]}', "is damaged"),
                                            ('{"eos_token": {"x": 1}}', "is damaged"),
-                                           ('{"eos_token": "<x>"}', "no added token <x>: name one .* as eos_token"),
-                                           ('{"bos_token": "<x>"}', "no added token <x>: name one .* as bos_token")])
+                                           ('{"eos_token": "<x>"}', "no added token <x>: name one as eos_token"),
+                                           ('{"bos_token": "<x>"}', "no added token <x>: name one as bos_token")])
 def test_a_damaged_file_beside_it_is_one_line(tmp_path, text, message):
     (tmp_path / "tokenizer_config.json").write_text(text)
     saved(tmp_path, tiny_file())

@@ -319,7 +319,7 @@ def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, c
 def test_a_warm_up_that_never_ends_is_said(fit, capsys):
     for steps, said in ((6, False), (7, True)):  # of 6
         fit(str(steps), warmup_steps=steps - 1, learning_rate=1e-3, max_steps=6)
-        warning = f"warning: --warmup_steps={steps - 1} is the whole run: the learning rate will not reach 0.001\n"
+        warning = f"warning: --warmup_steps={steps - 1} is the whole run: no step has the full learning rate\n"
         assert (warning in capsys.readouterr().out) == said
 
 
@@ -429,10 +429,10 @@ def test_patience_ends_a_run_and_a_resumed_one_does_not_forget_the_count(fit, pr
     assert fit("cut", max_steps=4, **flags).waited == 2
     assert fit("cut", resume=True, max_steps=9).step == 5 and not losses
     assert fit("cut", resume=True, max_steps=9).step == 5  # nothing is left to do
-    assert "raise what ended it" in capsys.readouterr().out.splitlines()[-1]
+    assert "raise what ended the run" in capsys.readouterr().out.splitlines()[-1]
     losses[:] = [1.0, 2.0, 2.0, 2.0]
     assert fit("cut", resume=True, max_steps=9, patience=5).step == 9
-    with pytest.raises(UserError, match="there are no validation records: prepare the data with --val_fraction"):
+    with pytest.raises(UserError, match="needs validation records: prepare with --val_fraction"):
         fit("none", data_dir=str(prepare(colour_records(20), val_fraction=0)), patience=1)
 
 
@@ -496,7 +496,7 @@ def test_results_load_in_transformers_and_carry_their_ids_and_wording(vocab_size
     assert equal(weights(out_dir), masters(out_dir))  # an interrupted run leaves some, too
     state = fit(resume=True)
     assert fit(resume=True, epochs=50).step == 3
-    assert "nothing to do: the run had reached its --epochs" in capsys.readouterr().out
+    assert "nothing to do: raise what ended the run" in capsys.readouterr().out
     assert {path.name for path in out_dir.iterdir()} == {"ckpt.pt", "log.csv", "best", "last", "loss.png"}
     for directory in (out_dir / "best", out_dir / "last"):
         assert {path.name for path in directory.iterdir()} == {"config.json", "model.safetensors", "prompt.json"}
@@ -607,7 +607,7 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     for message, out, flags in (
             ("best, from which the run starts: name another", "done", dict(init_from=f"{done}/best", overwrite=True)),
-            ("from which the run starts: name another --out_dir", "done", dict(init_from=done, overwrite=True)),
+            ("from which the run starts: name another$", "done", dict(init_from=done, overwrite=True)),
             ("best, from which the run starts: name another", "done", dict(data_dir=based, overwrite=True)),
             ("--out_dir=.*whole holds .*whole, from which the run", "whole", dict(init_from=str(tmp_path / "whole"))),
             ("--out_dir=.*based holds prepared data: name another directory", "based", {}),
@@ -626,7 +626,7 @@ def test_wrong_use_gets_one_line_with_the_remedy(fit, data, tmp_path):
              dict(init_from=str(tmp_path / "adapter"), lora_rank=4)),
             ("--lora_targets: 'q_proj' names no layer; this model's are c_attn, c_fc, c_proj", "new",
              dict(init_from=str(tmp_path / "whole"), lora_rank=4, lora_targets="q_proj")),
-            ("data are not in gone, .*say with --data_dir", "done", dict(resume=True, data_dir="gone")),
+            ("data are not in gone; say with --data_dir", "done", dict(resume=True, data_dir="gone")),
             (r"drop --dtype=bfloat16 \(it ran with float32\)", "done", dict(resume=True, dtype="bfloat16")),
             (r"drop --batch_size=5 \(it ran with 4\)", "done", dict(resume=True, batch_size=5))):
         with pytest.raises((UserError, OSError), match=message) as caught:

@@ -76,7 +76,7 @@ def test_an_old_file_of_the_hubs_loads(family, tmp_path):
     assert torch.equal(logits(old), logits(model)) and old.config == model.config
     if family == "gpt2":
         torch.save(state | {"lm_head.weight": state["wte.weight"] + 1}, tmp_path / "pytorch_model.bin")
-        with pytest.raises(UserError, match="output head differs from the token embedding"):
+        with pytest.raises(UserError, match="output head is not the token embedding"):
             GPT.from_pretrained(tmp_path)
 
 
@@ -87,18 +87,18 @@ def test_an_old_file_of_the_hubs_loads(family, tmp_path):
         ({"scale_attn_weights": False}, "scale_attn_weights"), ({"tie_word_embeddings": False}, "tie_word"),
         ({"scale_attn_by_inverse_layer_idx": True}, "inverse_layer"), ({"n_head": 5}, "no multiple"))),
     *((tiny_llama, *row) for row in (
-        *(({"model_type": other}, f"model_type is '{other}'; only gpt2, llama, qwen2, qwen3 are supported: take one of")
+        *(({"model_type": other}, f"model_type is '{other}'; take one of gpt2, llama, q")
           for other in ("mistral", "gemma", "gpt_neox")),
-        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; only qwen2's own False is"),
-        ({"attention_bias": True}, "attention_bias is True; only llama's own False is supported: take another llama"),
-        ({"mlp_bias": True}, "mlp_bias is True"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only llama's own"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True; take a qwen2 with its"),
+        ({"attention_bias": True}, "attention_bias is True; take a llama with its own False"),
+        ({"mlp_bias": True}, "mlp_bias is True"), ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; take a llama with"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'; only default and llama3 are"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type is 'linear'"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_theta or rope_scaling is no number"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'; download or write it again"),
         ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"), ({"rms_norm_eps": "x"}, "rms_norm_eps"),
         ({"num_hidden_layers": 3}, 'Missing.* "h.2.ln_1.weight"'), ({"head_dim": 8}, "size mismatch for h.0.attn.c_q"),
-        ({"tie_word_embeddings": True}, "output head differs from the token embedding")))])
+        ({"tie_word_embeddings": True}, "output head is not the token embedding")))])
 def test_a_config_that_does_not_match_is_refused_by_name(make, change, message, tmp_path):
     with_config(tmp_path, make(), change)
     with pytest.raises(UserError, match=message) as caught:
@@ -272,8 +272,8 @@ def test_a_gated_model_in_several_files_comes_with_its_tokenizer_for_the_right_t
     model = in_several_files(tiny_llama(), hub.remote)
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (hub.remote / file).write_text(file)
-    remedy = "then set HF_TOKEN to a token of your account that may read it"
-    with pytest.raises(UserError, match=rf"refuses {name} \(401\): check the name or path; .*licence there; {remedy}"):
+    remedy = "set HF_TOKEN to a token that may read it"
+    with pytest.raises(UserError, match=rf"refuses {name} \(401\): check the name; .*licence on .*{remedy}"):
         locate(name)
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(UserError, match=rf"the hub refuses {name} \(403\): .*{remedy}"):
@@ -367,7 +367,7 @@ def test_an_adapter_made_by_peft_loads_here(part, family, base, tmp_path):
 def test_options_of_pefts_that_we_do_not_have_are_refused_by_name(options, name, tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     peft_model(tmp_path / "base", **options).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match=f"the adapter's option {name}"):
+    with pytest.raises(UserError, match=f"option {name}"):
         GPT.from_pretrained(tmp_path / "adapter")
 
 
