@@ -218,9 +218,8 @@ def as_turns(messages):
 
 
 def encode_records(records, split, spec, config, encoding, report, prompts, kinds):
-    """Yields (split, record, messages, examples) for each located record that stays. All must be of one kind, the first
-    one's, which `kinds` keeps. `prompts`: the hashes of those in training, where other splits have files of their own.
-    """
+    """Yields (split, record, messages, examples) for each located record that stays. `kinds` keeps the first one's
+    kind, which all must have; `prompts` the hashes of those in training, where other splits have their own files."""
     seen = set()
     for location, record in records:
         report.records += 1
@@ -288,8 +287,7 @@ def write_shards(parts, work, config, encoding):
 
 
 def publish(work, out_dir):
-    """Renames the finished directory into place. An older one of ours goes once the new one stands there; what somebody
-    else put there meanwhile stays."""
+    """Renames the finished directory into place of an older one. What is not ours there stays."""
     old = work.with_name(work.name + ".old")
     if out_dir.exists():
         out_dir.rename(old)

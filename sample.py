@@ -390,8 +390,7 @@ def answer_file(models, config):
 
 
 def export(loaded, directory, gguf_type):
-    """Writes weights (LoRA merged), configurations and the tokenizer, if there is one, for transformers; or one GGUF
-    file with all that."""
+    """Writes weights (LoRA merged), configurations and tokenizer for transformers; or one GGUF file with all that."""
     directory = Path(directory)
     if directory.suffix.lower() == ".gguf":
         return llamacpp.write_gguf(directory, loaded, gguf_type)

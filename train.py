@@ -225,8 +225,7 @@ def say_what_fits(run, pace, total_steps):
 
 
 def learning_rate_at(step, total_steps, peak, min_lr, schedule, warmup_steps):
-    """The learning rate of a step (from 0): linear warm-up, then cosine or linear down to min_lr at total_steps; or
-    constant."""
+    """The learning rate of a step, from 0: linear warm-up; then constant, or cosine or linear down to min_lr."""
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
     if schedule == "constant":
@@ -300,8 +299,7 @@ def build_model(config, meta, checkpoint, dtype):
 
 
 def open_run(config):
-    """(config, checkpoint's values, its tensors) of a run that goes on; (config, None, None) of a new one. A run that
-    is there is never overwritten unasked."""
+    """(config, checkpoint's values, its tensors) or, of a new run, (config, None, None). None is replaced unasked."""
     out_dir = Path(config.out_dir)
     if (out_dir / "meta.json").exists():
         raise UserError(f"--out_dir={out_dir} holds prepared data: name another directory")
@@ -344,8 +342,7 @@ def resume(config, out_dir):
 # ---- step, evaluation, saving ---------------------------------------------------------------------------------------
 
 def accumulate(model, optimizer, batches, supervised):
-    """Sums the gradients of the step's mean loss over this process's micro-batches. Returns its share of that loss, a
-    scalar on the device."""
+    """Adds up this process's gradients of the step's mean loss. Returns its share of that, a scalar on the device."""
     optimizer.zero_grad(in_float32=len(batches) > 1 or rank_and_world_size()[1] > 1)
     total = torch.zeros_like(optimizer.loss_scale)
     for batch in batches:
@@ -391,8 +388,7 @@ def is_compiled(model):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """Within it there is no dropout and no gradient, and a compiled model runs eager: it would be compiled anew for
-    every shape."""
+    """Within it there is no dropout or gradient, and a compiled model runs eager, or each shape would be compiled."""
     model.eval()  # below: a model that is not compiled is spared the compiler's import, 1.6 s
     with torch.no_grad(), torch.compiler.set_stance("force_eager") if is_compiled(model) else contextlib.nullcontext():
         yield
@@ -400,8 +396,7 @@ def evaluating(model):
 
 
 def evaluate(model, shards, max_tokens):
-    """Mean loss over all supervised tokens of a split: one sum divided by one count, however it is batched. The
-    processes share the work."""
+    """Mean loss over all supervised tokens of a split, however it is batched. The processes share the work."""
     rank, world_size = rank_and_world_size()
     loss, done = 0.0, 0
     with evaluating(model):
@@ -511,8 +506,7 @@ def describe(run):
 
 
 def begin(run, samples):
-    """Cuts the log of a resumed run, and shows two answers. Returns what tracks the run elsewhere, or None, and the
-    seconds of the answers."""
+    """Cuts a resumed run's log, and shows two answers. Returns what tracks the run elsewhere, and their seconds."""
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     if config.resume:

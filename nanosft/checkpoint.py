@@ -61,8 +61,7 @@ def undamaged(path):
 
 @contextlib.contextmanager
 def claimed(out_dir):
-    """Makes out_dir; within it no other run may claim it. What stays empty is removed again. Windows and some network
-    file systems have no such locks."""
+    """Makes out_dir; within it no other run may claim it, where the system has locks. What stays empty is removed."""
     is_new = not out_dir.exists()
     try:
         out_dir.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,7 @@ def status(line, end=False):
 
 
 class Output:
-    """stdout or stderr of a long run. When its reader leaves (a closed pipe or terminal, a full disk), what is written
-    goes nowhere, and the run goes on."""
+    """stdout or stderr. When its reader leaves (a closed pipe, a full disk), the run goes on, and writes nowhere."""
 
     def __init__(self, stream):
         self.stream = stream

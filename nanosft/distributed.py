@@ -28,8 +28,7 @@ def all_reduce(number, how="SUM"):
 
 @contextlib.contextmanager
 def process_group(device):
-    """Within it, this process is one of those that torchrun started, if it did: only the first one prints, and the
-    cores of a machine are shared out."""
+    """Within it, this process is one of torchrun's, if any: only the first one prints, and they share the cores."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         yield
         return
@@ -47,8 +46,7 @@ def process_group(device):
 
 
 def sum_over_processes(loss, parameters):
-    """Replaces the loss, a scalar, and all gradients by their sums over all processes. A process that had no examples
-    adds zeros."""
+    """Sums the loss, a scalar, and all gradients over all processes. One that had no examples adds zeros."""
     if rank_and_world_size()[1] == 1:
         return
     for parameter in parameters:

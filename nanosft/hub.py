@@ -81,8 +81,7 @@ def ask(url):
 
 
 def save(response, path, title, digest=""):
-    """Writes an answer into a file; an interrupted or damaged download leaves nothing behind. digest: the hub's hash of
-    the file, where it tells one."""
+    """Writes an answer into a file, wholly or not at all. digest: the hub's hash of the file, where it tells one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with response, atomic_file(path) as file:
         for piece in response.iter_content(1 << 20):
@@ -146,8 +145,7 @@ def code_of(error):
 
 
 def download(repository):
-    """The directory of a repository in the hub's cache, with its weights or LoRA adapter, configuration and tokenizer,
-    which are fetched first."""
+    """Fetches a repository's weights or adapter, configuration and tokenizer; returns its directory in the cache."""
     with explained(repository):
         config = fetch(repository, "config.json") or fetch(repository, "adapter_config.json")
         if config is None:
@@ -181,8 +179,7 @@ def base_of(path):
 
 
 def locate(name_or_path):
-    """The weights file, or the index of several, behind a name on the hub (downloaded on first use), a directory or a
-    file."""
+    """The weights file, or the index of several, behind a name on the hub, a directory or a file."""
     path = Path(name_or_path)
     is_name = name_or_path in SIZES or REPOSITORY.fullmatch(name_or_path)
     if is_name and not path.exists():

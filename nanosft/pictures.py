@@ -28,8 +28,7 @@ def write(figure, path):
 
 
 def plot_losses(out_dir, best_by="loss"):
-    """loss.png from log.csv: both losses and the step that best/ is of; below, the learning rate and the right answers.
-    """
+    """loss.png from log.csv: both losses and the best step; below, the learning rate and the right answers."""
     figure = new_figure(figsize=(9, 6))
     if not figure:
         return

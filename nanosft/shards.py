@@ -146,8 +146,7 @@ def order_of_epoch(data, batch_size, seed, epoch):
 
 
 def examples_of_step(step, data, batch_size, seed):
-    """The examples of optimizer step `step`, from 0. Every epoch takes all of them in a new order; its last step takes
-    what is left."""
+    """The examples of a step, from 0. Every epoch takes all in a new order; its last step takes what is left."""
     epoch, place = divmod(step, math.ceil(len(data) / batch_size))
     return order_of_epoch(data, batch_size, seed, epoch)[place * batch_size:(place + 1) * batch_size]
 

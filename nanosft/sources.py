@@ -31,8 +31,7 @@ def kind_of(path):
 
 
 def paths_of(flag, names):
-    """The files that a flag names: a path, a directory, a pattern like *.jsonl, hf:owner/name, or several of them with
-    commas."""
+    """The files that a flag names: a path, a directory, a pattern, hf:owner/name, or several of these with commas."""
     paths = []
     for name in [names] if os.path.exists(names) else filter(None, map(str.strip, names.split(","))):
         paths += files_in(flag, name)
@@ -180,8 +179,7 @@ def records_in(value, name):
 # ---- tables, text, parquet ------------------------------------------------------------------------------------------
 
 def read_table(file, name):
-    """Yields (location, {column: text}) for every row but the first, which names the columns. What separates them, and
-    how quotes are written, is seen."""
+    """Yields (location, {column: text}) for every row after the header. Delimiter and kind of quotes are seen."""
     csv.field_size_limit(2**31 - 1)
     if not re.fullmatch("sep=.", file.readline().lstrip("\ufeff").strip()):  # Excel's own line
         file.seek(0)

@@ -87,8 +87,7 @@ def checked(numbers, path):
 
 
 def read_config(path):
-    """(family, GPTConfig's values) of a Hugging Face config.json; UserError names the first thing that differs from
-    what model.py computes."""
+    """(family, GPTConfig's values) of a config.json; UserError names the first thing that model.py does not compute."""
     values = read_json(path)
     family = str(values.get("model_type", "gpt2"))
     if family not in ARCHITECTURE:
@@ -153,8 +152,7 @@ def write_config(path, config, dtype):
 # ---- weights --------------------------------------------------------------------------------------------------------
 
 def read_saved(path):
-    """(pairs of name and tensor, GPTConfig's numbers or None) of what torch.save wrote: a state dict, alone or in a
-    checkpoint such as nanoGPT's."""
+    """(pairs of name and tensor, GPTConfig's numbers or None) of a state dict, alone or in nanoGPT's checkpoint."""
     saved, numbers = read_pickle(path), None
     try:
         if "model_args" in saved:
