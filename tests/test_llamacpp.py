@@ -102,7 +102,7 @@ MODELFILES = {
 @pytest.mark.parametrize("spec, end", MODELFILES.values(), ids=MODELFILES)
 def test_a_modelfile_words_the_prompt_as_training_did(spec, end, tmp_path, capsys):
     export(gpt2_model(tmp_path / "m", **spec), tmp_path / "m.gguf")
-    said = "this model reads 2 columns: word each prompt as in '{q}|{r}'" in capsys.readouterr().out
+    said = "word the columns of each as in '{q}|{r}'" in capsys.readouterr().out
     assert said == ("|" in spec.get("prompt_format", ""))
     text = (tmp_path / "Modelfile").read_text()
     assert text.startswith('FROM ./m.gguf\nPARAMETER stop "<|endoftext|>"') and text.endswith(f'{end}"""\n')
