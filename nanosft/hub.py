@@ -65,7 +65,7 @@ def ask(url):
     to the hub alone, and not along when that sends on to another host."""
     import requests  # comes with tiktoken
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        raise UserError(f"{url} is not in {home()} and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")
+        raise UserError(f"{url} is not in the cache and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")
     os.environ["NETRC"] = os.devnull  # what stands in ~/.netrc would take the place of the token
     headers, token = {"Accept-Encoding": "identity"}, os.environ.get("HF_TOKEN", "")
     path = Path(os.environ.get("HF_TOKEN_PATH", home() / "token")).expanduser()
@@ -215,13 +215,8 @@ def dataset_files(name):
     if not listing.is_file():
         with explained(repository):
             configs = ask(f"{endpoint()}/api/datasets/{repository}/parquet")[0].json()
-        try:
-            names = [*configs, *(split for splits in configs.values() for split in splits.keys())]
-            if not names or not all(map(SAFE.fullmatch, names)):
-                raise ValueError
-        except (AttributeError, ValueError):
-            raise UserError(f"the hub's list of {repository}'s files is not as expected; name the path of a copy "
-                            "instead") from None
+        if not is_listing(configs):
+            raise UserError(f"the hub's list of {repository}'s files is not as expected; name the path of a copy")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(listing, configs)
     configs = read_json(listing)
@@ -237,6 +232,14 @@ def dataset_files(name):
             with explained(repository):
                 save(ask(url)[0], paths[-1], f"{repository} {config} {split} {number}")
     return paths
+
+
+def is_listing(configs):
+    """Whether the hub's answer is {config: {split: [URL, ...]}}, with names that can be directories'."""
+    return isinstance(configs, dict) and bool(configs) and all(
+        SAFE.fullmatch(config) and isinstance(splits, dict) and all(
+            SAFE.fullmatch(split) and isinstance(urls, list) for split, urls in splits.items())
+        for config, splits in configs.items())
 
 
 def pick(found, name, usual, what):

@@ -92,6 +92,15 @@ MUTATIONS = {
     "time left in steps": ('''left = (total_steps - step) * self.step_seconds()''', '''left = total_steps - step'''),
     "evaluations to come not in the time left": ('''+ evaluations * self.evaluation_seconds''', '''+ self.evaluation_seconds'''),
     "the start of a run replaced": ('''start.exists() and is_ours:''', '''False:'''),
+    "a compiling step in the pace": ('''(0 if self.compiles else self.step_seconds())''', '''self.step_seconds()'''),
+    "the last evaluation kept back by one step alone": ('''(self.steps < 2 and second < self.limit)''', '''(self.steps < 1 and second < self.limit)'''),
+    "dropout after a failed attempt": ('''            torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)  # for dropout
+            return''', '''            if not run.compiles:
+                torch.manual_seed(run.state.step)
+            return'''),
+    "NaN the best by answers": ('''reached > best and not math.isnan(state.val_loss)''', '''reached > best'''),
+    "another vocabulary for GPT-2's": ('''if init_from != meta["model"] and has_other''', '''if False and has_other'''),
+    "the token of a netrc": ('''    os.environ["NETRC"] = os.devnull''', '''    pass'''),
     "a platform without a compiler": ('''            if not run.compiles:
                 raise''', '''            raise'''),
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),

@@ -452,6 +452,7 @@ def test_a_confusion_matrix_fits_a_terminal_and_is_drawn(tmp_path, capsys):
     assert lines[3].split() == ["astro-", "cond-m", "cs", "hep-ph", "hep-th", "math", "physic", "quant-", "recall"]
     assert lines[8].split() == ["hep-th", "0", "0", "0", "10", "30", "0", "0", "0", "75%"]
     assert lines[12].split() == ["precision", "100%", "100%", "100%", "75%", "100%", "100%", "100%", "100%"]
+    labels[0] = r"$\frac$"  # is no formula
     pictures.plot_confusion(counts, labels, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"drew {tmp_path / 'a.png'}\n"

@@ -103,6 +103,10 @@ RECORDS = {
     "an empty history as JSON": ({"instruction": "q", "output": "a", "history": "[]"}, ASKED, []),
     "a date": ({"question": "q", "answer": datetime.date(2026, 11, 28)},
                [("user", "q"), ("assistant", "2026-11-28")], []),
+    "a prompt with a system prompt": ({"system": "s", "prompt": "q", "response": "a"}, BRIEF, []),
+    "a prompt with a history": ({"prompt": "q", "completion": "a", "history": [["q1", "a1"]]}, TWICE, []),
+    "a prompt with a context": ({"prompt": "q", "context": "i", "response": "a"},
+                                [("user", "q|i"), ("assistant", "a")], []),
     "columns that are no turns": ({"from": "en", "to": "de", "prompt": "q", "completion": "a"},
                                   [("prompt", "q"), ("completion", "a")], ["from", "to"]),
     "tools beside a conversation without calls": ({"messages": turns(*ASKED), "tools": [{"x": 1}]}, ASKED, ["tools"]),
@@ -209,6 +213,7 @@ FILES = [
     ("conversations.json", json.dumps([row["messages"] for row in TURNS]), [row["messages"] for row in TURNS]),
     ("trl.json", json.dumps({"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}),
      [{"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}]),
+    ("line.jsonl", '{"title": "t", "authors": [{"name": "x"}]}', [{"title": "t", "authors": [{"name": "x"}]}]),
     ("extra.json", json.dumps({**ROWS[0], "sources": [{"a": 1}]}), [{**ROWS[0], "sources": [{"a": 1}]}]),
     ("table.csv", TABLE, ROWS), ("semicolons.csv", TABLE.replace(",", ";"), ROWS),
     ("tabs.csv", TABLE.replace(",", "\t"), ROWS), ("table.tsv", TABLE.replace(",", "\t"), ROWS),
@@ -363,6 +368,8 @@ def test_what_goes_wrong_with_a_data_set_is_one_line(hub, tmp_path, monkeypatch)
             ("hf:a/b:x:test", None, "a/b's configs are default, small; name one"),
             ("hf:a/c", {"x": {"all": []}, "y": {}}, "a/c's configs are x, y; name one"),
             ("hf:a/d", {"error": "no"}, "list of a/d's files is not as expected; name the path of a copy"),
+            *(("hf:a/d", listing, "list of a/d's files is not as expected") for listing in (
+                [{"default": []}], {"default": {"train": None}}, {"default": None}, "a login page")),
             ("hf:a/e", {"../../x": {"train": []}}, "list of a/e's files is not as expected")):
         hub.listing = listing
         with pytest.raises(UserError, match=message):
@@ -375,7 +382,9 @@ def test_what_goes_wrong_with_a_data_set_is_one_line(hub, tmp_path, monkeypatch)
     hub.cut = False
     assert len(paths_of("input", "hf:a/f")) == 2
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(UserError, match="/a/g/parquet is not in .* and HF_HUB_OFFLINE is set; unset it"):
+    with pytest.raises(UserError, match="test/0.parquet is not in the cache and HF_HUB_OFFLINE is set; unset it"):
+        paths_of("input", "hf:a/f:test")
+    with pytest.raises(UserError, match="/a/g/parquet is not in the cache and HF_HUB_OFFLINE is set; unset it"):
         paths_of("input", "hf:a/g")
 
 

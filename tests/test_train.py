@@ -222,9 +222,10 @@ def test_only_training_runs_compiled_and_where_that_fails_all_runs_eager(fit, mo
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: real(self, backend=backend, **options))
     assert fit("compiled", compile="on").val_loss == pytest.approx(eager.val_loss, rel=1e-5)
     assert len(calls) >= 2 * 6 and all(calls)  # layers x steps
+    eager = fit("dropout", dropout=0.1)  # which an attempt that failed does not change
     for name, compiler in (("first call", broken), ("no compiler", lambda self, **options: [][0])):
         monkeypatch.setattr(torch.nn.Module, "compile", compiler)
-        assert fit(name, compile="on").val_loss == eager.val_loss
+        assert fit(name, compile="on", dropout=0.1).val_loss == eager.val_loss
         assert "torch.compile does not work here (IndexError); going on without it" in capsys.readouterr().out
 
 
@@ -314,6 +315,21 @@ def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, c
     assert re.search(r"^about \d+ of the 1,782 steps fit into --max_minutes=0.5$", capsys.readouterr().out, re.M)
     assert fit("short", resume=True).step in range(26, 31)  # no time is left
     assert fit("short", resume=True, max_minutes=1).step in range(54, 61)
+
+
+@pytest.mark.parametrize("compiles, first", [("off", 20.0), ("on", 40.0)])
+def test_a_slow_first_step_ends_no_run_with_a_limit_of_time(compiles, first, fit, clock, monkeypatch, capsys):
+    """It makes kernels or compiles, and tells next to nothing about the others, nor about an evaluation."""
+    ours, accumulate, waited = clock(1.0, evaluation=2.0), train.accumulate, [first]
+
+    def slow_at_first(*args):
+        ours.now += waited.pop() if waited else 0
+        return accumulate(*args)
+    monkeypatch.setattr(train, "accumulate", slow_at_first)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: None)
+    state = fit(max_steps=0, epochs=99, max_minutes=1, eval_interval=0, compile=compiles)
+    assert state.step in range(int(54 - first), int(60 - first)) and ours.now - 1000 <= 62
+    assert "one evaluation" not in capsys.readouterr().out
 
 
 def test_a_warm_up_that_never_ends_is_said(fit, capsys):
@@ -411,8 +427,11 @@ def test_best_is_the_lowest_validation_loss_never_nan_and_the_last_without_one(f
     fit("two", max_steps=2, data_dir=str(prepare(colour_records(80), val_fraction=0, test_fraction=0.04)), **flags)
     assert equal(weights(tmp_path / "two" / "best"), weights(tmp_path / "two" / "last"))
     fit("two", max_steps=2, overwrite=True, **flags)
-    losses = iter([3.0, 2.0, 4.0, math.nan])
+    losses = iter([math.nan])
     monkeypatch.setattr(train, "evaluate", lambda *_: next(losses))
+    fit("nan", max_steps=1, best_by="exact", **flags)
+    assert not (tmp_path / "nan" / "best").exists()
+    losses = iter([3.0, 2.0, 4.0, math.nan])
     state = fit("four", max_steps=4, **flags)
     assert state.best_val_loss == 2.0 and math.isnan(state.val_loss)
     assert [row["val_loss"] for row in rows(tmp_path / "four")] == ["3", "2", "4", "nan"]
@@ -642,6 +661,24 @@ def test_what_another_script_wrote_is_called_that_and_the_dtype_that_was_found_m
     torch.save({**content, "checksum": crc32_of_json(content["values"])}, tmp_path / "out" / "ckpt.pt")
     with pytest.raises(UserError, match="by this script .it has the settings warp.; go on with the one that wrote"):
         fit(resume=True)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+def test_a_gpt2_with_a_vocabulary_of_its_own_is_not_taken_for_openais(file, fit, prepare, tmp_path, gpt2_encoding):
+    base, data = tmp_path / "base", str(prepare(colour_records(30), encoding="gpt2"))
+    tiny(vocab_size=50257, block_size=256).save_pretrained(base)
+    for vocabulary, is_ours in (({"\u0120the": 262}, True), ({"\u0120the": 263}, False), ({"a": 262}, False)):
+        values = vocabulary if file == "vocab.json" else {"model": {"vocab": vocabulary}}
+        (base / file).write_text(json.dumps(values))
+        flags = dict(data_dir=data, init_from=str(base), max_steps=1, overwrite=True)
+        if is_ours:
+            fit(**flags)
+        else:
+            with pytest.raises(UserError, match="a vocabulary of its own, .*: prepare the data with --model="):
+                fit(**flags)
+    if file == "vocab.json":
+        with pytest.raises(UserError, match="has no tokenizer.json; put the model's beside its weights"):
+            prepare(colour_records(30), model=str(base), encoding="")
 
 
 def test_a_log_that_somebody_has_edited_loses_no_row(fit, tmp_path):

@@ -273,6 +273,8 @@ def test_a_gated_model_in_several_files_comes_with_its_tokenizer_for_the_right_t
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (hub.remote / file).write_text(file)
     remedy = "set HF_TOKEN to a token that may read it"
+    (hub.remote / ".netrc").write_text("machine 127.0.0.1 login me password x\n")  # this is not for the hub
+    monkeypatch.setenv("HOME", str(hub.remote))
     with pytest.raises(UserError, match=rf"refuses {name} \(401\): check the name; .*licence on .*{remedy}"):
         locate(name)
     monkeypatch.setenv("HF_TOKEN", "wrong")
@@ -287,7 +289,8 @@ def test_a_gated_model_in_several_files_comes_with_its_tokenizer_for_the_right_t
     assert locate(name).name == INDEX
     assert_same_logits(GPT.from_pretrained(name), model)
     assert {path.name: path.read_bytes() for path in locate(name).parent.iterdir()} == {
-        path.name: path.read_bytes() for path in hub.remote.iterdir() if path.name != "generation_config.json"}
+        path.name: path.read_bytes() for path in hub.remote.iterdir() if path.name not in (
+            "generation_config.json", ".netrc")}
 
 
 def test_an_adapter_is_downloaded_by_name(hub, tmp_path):
