@@ -3,7 +3,6 @@
 HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_TOKEN_PATH mean what they mean there. A repository
 is `owner/name`.
 """
-import hashlib
 import os
 import re
 from contextlib import contextmanager
@@ -81,7 +80,7 @@ def ask(url):
 
 
 def save(response, path, title, digest=""):
-    """Writes an answer into a file, wholly or not at all. digest: the hub's hash of the file, where it tells one."""
+    """Writes an answer into a file, wholly or not at all. digest: its SHA-256, which the hub tells of a large file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with response, atomic_file(path) as file:
         for piece in response.iter_content(1 << 20):
@@ -91,16 +90,8 @@ def save(response, path, title, digest=""):
         received = response.raw.tell()  # in bytes as they came; a proxy may have packed them
         if received != int(response.headers.get("Content-Length") or received):
             raise ValueError(f"{title} came cut short")
-        if digest and hash_of(file.name, digest) != digest:
+        if digest and sha256_of(file.name) != digest:
             raise ValueError(f"{title} came damaged")
-
-
-def hash_of(path, digest):
-    """The file's hash of this digest's kind: SHA-256 of a large file, git's SHA-1 of a small one."""
-    if len(digest) == 64:
-        return sha256_of(path)
-    content = Path(path).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def fetch(repository, file, commit="main"):
@@ -112,10 +103,9 @@ def fetch(repository, file, commit="main"):
         if code_of(error) == 404:
             return None
         raise
-    commit, digest = told.get("X-Repo-Commit", ""), told.get("X-Linked-Etag") or told.get("ETag", "")
-    digest = digest.removeprefix("W/").strip('"')
-    if not re.fullmatch(r"([0-9a-f]{64}|[0-9a-f]{40}) [0-9a-f]{40}", f"{digest} {commit}"):
-        raise ValueError(f"the hub tells no hash and commit of {title}")
+    commit, digest = told.get("X-Repo-Commit", ""), told.get("X-Linked-Etag", "").strip('"')
+    if not re.fullmatch("[0-9a-f]{40}", commit):
+        raise ValueError(f"the hub tells no commit of {title}")
     path = folder / "snapshots" / commit / file
     if not path.is_file():
         save(response, path, title, digest)

@@ -150,14 +150,10 @@ def records_in(value, name):
     known = [value[key] for key in KNOWN & value.keys()] if isinstance(value, dict) else [value]
     if not value or any(not isinstance(entry, list | dict) or is_conversation(entry) for entry in known):
         return [value]
-    names, rows = value.get("columns"), value.get("data")
-    if isinstance(names, list) and isinstance(rows, list) and all(isinstance(row, list) for row in rows):
-        return [dict(zip(map(str, names), row, strict=True)) for row in rows]  # pandas: orient="split"
     columns, first = list(value.values()), next(iter(value.values()))
-    if all(isinstance(column, dict) for column in columns):
-        if all(column.keys() == first.keys() and all(map(str.isdigit, column)) for column in columns):
-            return [{key: column[row] for key, column in value.items()} for row in first]
-        return [value] if known else columns  # orient="index"
+    if all(isinstance(column, dict) and column.keys() == first.keys() and all(map(str.isdigit, column))
+           for column in columns):  # as pandas writes them
+        return [{key: column[row] for key, column in value.items()} for row in first]
     lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
     records = {key: entry for key, entry in lists.items()
                if entry and all(isinstance(record, dict) for record in entry) and not is_conversation(entry)}

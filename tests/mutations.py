@@ -65,7 +65,7 @@ MUTATIONS = {
     "added tokens not found in texts": ('''if self.added:''', '''if False:'''),
     "thinking not off": (''', enable_thinking=False)''', ''')'''),
     "token sent to another host": ('''if token.strip() and url.startswith(f"{endpoint()}/"):''', '''if token.strip():'''),
-    "damaged download kept": ('''if digest and hash_of(file.name, digest) != digest:''', '''if False:'''),
+    "damaged download kept": ('''if digest and sha256_of(file.name) != digest:''', '''if False:'''),
     "tokenizer left behind": ('''    copy_tokenizer(run.tokenizer, directory, run.spec)''', '''    pass'''),
     # optimizer
     "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)\n        self.masters = {name: p.detach()'''),

@@ -198,10 +198,6 @@ FILES = [
     ("both.json", json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1), ROWS),
     ("viewer.json", json.dumps(VIEWER), ROWS), ("columns.json", json.dumps(COLUMNS), ROWS),
     ("pandas.json", json.dumps(PANDAS), ROWS), ("shuffled.json", json.dumps(SHUFFLED), ROWS),
-    ("split.json", json.dumps({"columns": list(ROWS[0]), "index": [0, 1], "data": [["q1", "a1"], ["q2", "a2"]]}), ROWS),
-    ("index.json", json.dumps({"a": ROWS[0], "b": ROWS[1]}), ROWS),
-    ("no_rows.json", '{"columns": ["a"], "data": [1, 2]}', [{"columns": ["a"], "data": [1, 2]}]),
-    ("deep_names.json", '{"columns": [["a"]], "data": [["x"]]}', [{"['a']": "x"}]),
     ("table.json", json.dumps({"schema": {"fields": []}, "data": ROWS}), ROWS),
     ("nested.json", json.dumps({"messages": [row["messages"] for row in TURNS]}), TURNS),
     ("single.json", json.dumps({"text": ["a", "b"]}), [{"text": "a"}, {"text": "b"}]),
@@ -249,7 +245,7 @@ def test_what_a_file_holds(name, content, records, tmp_path, capsys):
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(content.encode()))
     assert [record for _, record in read_records(tmp_path / f"{name}.gz")] == records
     printed = {"both.json": "both.json: not used: test", "data.json": "data.json: not used: version",
-               "split.json": "", "viewer.json": "viewer.json: not used: features, num_rows_total",
+               "viewer.json": "viewer.json: not used: features, num_rows_total",
                "table.json": "table.json: not used: schema"}.get(name, "")
     assert {line.replace(".gz", "") for line in capsys.readouterr().out.splitlines()} == set(filter(None, [printed]))
 
