@@ -95,8 +95,8 @@ MUTATIONS = {
     "a compiling step in the pace": ('''(0 if self.compiles else self.step_seconds())''', '''self.step_seconds()'''),
     "the last evaluation kept back by one step alone": ('''(self.steps < 2 and second < self.limit)''', '''(self.steps < 1 and second < self.limit)'''),
     "dropout after a failed attempt": ('''            torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)  # for dropout
-            return''', '''            if not run.compiles:
-                torch.manual_seed(run.state.step)
+            return''', '''            if run.compiles == (run.config.compile == "on"):
+                torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)
             return'''),
     "NaN the best by answers": ('''reached > best and not math.isnan(state.val_loss)''', '''reached > best'''),
     "another vocabulary for GPT-2's": ('''if init_from != meta["model"] and has_other''', '''if False and has_other'''),
