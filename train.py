@@ -32,6 +32,7 @@ from nanosft.files import sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.hub import SIZES, locate, weight_files
 from nanosft.optimizer import AdamW
+from nanosft.pace import Pace
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches
 from nanosft.templates import bring_tokenizer, copy_tokenizer, get_encoding
 from nanosft.tokenizer import has_other_vocabulary
@@ -151,64 +152,6 @@ def planned_steps(config, n_examples, from_scratch):
     epochs = config.epochs or (8 if from_scratch else 2)
     steps = math.ceil(epochs * math.ceil(n_examples / config.batch_size))
     return min(steps, config.max_steps or steps)
-
-
-class Pace:
-    """How fast a run is, and so how many steps a limit of time allows, and how long the rest takes. All seconds are the
-    run's, the same in every process.
-
-    The first step, which makes kernels and touches new memory, counts only while it is alone. Until an evaluation was
-    seen, its tokens are expected to take a third of what they take in a step, and its answers as long as the two before
-    training, of 16 tokens each.
-    """
-
-    def __init__(self, run, samples, answer_seconds, now):
-        self.planned, self.limit, self.compiles = run.steps, 60 * run.config.max_minutes or math.inf, run.compiles
-        self.steps, self.trained, self.now, self.evaluated = 0, 0.0, now, now
-        self.token_seconds, self.val_tokens, self.is_forecast = math.inf, float(run.val.lengths.sum()), True
-        # two answers are shown, and `scored` are counted, 32 at a time, each of which takes about as long as six
-        longest = max(map(len, samples.answers))
-        answers = min(64, longest) + 3 * longest * math.ceil(samples.scored / 32)
-        self.answer_seconds = self.evaluation_seconds = answer_seconds * answers / 16
-
-    def step_done(self, now, tokens):
-        """Takes the time at which a step of so many tokens has ended."""
-        seconds, self.now = now - self.now, now
-        self.trained = seconds if self.steps < 2 else self.trained + seconds
-        self.steps += 1
-        self.token_seconds = min(self.token_seconds, seconds / tokens)
-        if self.is_forecast:
-            self.evaluation_seconds = self.answer_seconds + self.val_tokens * self.token_seconds / 3
-
-    def evaluation_done(self, now):
-        """Takes the time at which an evaluation has ended."""
-        self.evaluation_seconds, self.now, self.evaluated, self.is_forecast = now - self.now, now, now, False
-
-    def step_seconds(self):
-        return self.trained / max(1, self.steps - 1)
-
-    def time_for_steps(self):
-        """The seconds before the evaluation with which the run ends."""
-        return self.limit - self.now - self.evaluation_seconds
-
-    def total_steps(self, step):
-        """The number of the step at which time is up, or of the last one that is planned; at least one is made."""
-        second = self.now + (0 if self.compiles else self.step_seconds())  # a first step that compiles tells nothing
-        if self.limit == math.inf or (self.steps < 2 and second < self.limit):
-            return self.planned
-        steps = int(self.time_for_steps() / self.step_seconds()) if self.steps else 0
-        return min(self.planned, max(1, step + max(0, steps)))
-
-    def has_time_to_evaluate(self):
-        """Evaluations take a tenth of a limited time at most, and none of what the last one needs."""
-        return self.limit == math.inf or (self.now - self.evaluated >= 10 * self.evaluation_seconds
-                                          and self.time_for_steps() >= self.evaluation_seconds)
-
-    def seconds_left(self, step, total_steps, interval):
-        """Until the end, with the evaluations to come every `interval` steps, this step's among them."""
-        evaluations = math.ceil(total_steps / interval) - (step - 1) // interval
-        left = (total_steps - step) * self.step_seconds() + evaluations * self.evaluation_seconds
-        return min(left, max(self.limit - self.now, self.evaluation_seconds))
 
 
 def say_what_fits(run, pace, total_steps):
@@ -588,7 +531,8 @@ def train(config, device):
     # A limit of time becomes a number of steps, anew after each step, so that the learning rate comes to its end in
     # time. Time for the last evaluation is reserved.
     state.elapsed = saved = seconds()
-    pace = Pace(run, samples, all_reduce(answer_seconds, "MAX"), state.elapsed)
+    answer_seconds = samples.expected_seconds(all_reduce(answer_seconds, "MAX"))
+    pace = Pace(run.steps, config.max_minutes, run.compiles, run.val.lengths.sum(), answer_seconds, state.elapsed)
     total_steps, first_step, signum = pace.total_steps(state.step), state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     with interrupts() as caught:

@@ -1,5 +1,6 @@
 """What a run shows of itself: its log, its progress, and answers to a few prompts."""
 import csv
+import math
 import os
 import re
 import sys
@@ -128,6 +129,12 @@ class Samples:
         """The model's greedy answers, lists of ids, of up to `limit` tokens."""
         steps = model.generate(prompts, limit, stop=self.stop, n_vocab=self.encoding.n_vocab)
         return [[token for token in tokens if token is not None] for tokens in zip(*steps, strict=True)]
+
+    def expected_seconds(self, seconds):
+        """About what the answers of an evaluation take, by what two of 16 tokens took: those that are counted go 32 at
+        a time, which takes about as long as six."""
+        longest = max(map(len, self.answers))
+        return seconds * (min(64, longest) + 3 * longest * math.ceil(self.scored / 32)) / 16
 
     def show(self, model, heading, longest=64, with_right=False):
         """Prints the first answers, each cut at the length of the longest right one plus a little, or at `longest`;

@@ -160,7 +160,7 @@ TESTS = {"prepare_data.py": ["sources", "prepare_data"], "model.py": ["model", "
          "sample.py": ["sample", "lora"], "checkpoint.py": ["train", "kill"], "device.py": ["train"],
          "distributed.py": ["processes"], "files.py": ["kill"], "flags.py": ["train", "bad_input"],
          "optimizer.py": ["optimizer", "train"], "records.py": ["sources", "prepare_data"], "sources.py": ["sources"], "llamacpp.py": ["llamacpp"],
-         "report.py": ["train"], "pictures.py": ["train"],
+         "report.py": ["train"], "pace.py": ["train"], "pictures.py": ["train"],
          "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
          "hub.py": ["weights"], "tokenizer.py": ["tokenizer"], "chat_template.py": ["chat_template"],
          "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}

@@ -370,8 +370,8 @@ def test_the_time_left_counts_the_evaluations_to_come(fit, clock, capsys):
 @pytest.mark.parametrize("scored, longest, expected", [(0, 8, 1 + 0.5 * 8 / 16), (64, 32, 1 + 0.5 * (32 + 192) / 16),
                                                        (33, 160, 1 + 0.5 * (64 + 960) / 16)])
 def test_what_an_evaluation_takes_is_expected_from_its_tokens_and_answers(scored, longest, expected):
-    run = SimpleNamespace(config=TrainConfig(), steps=9, compiles=False, val=SimpleNamespace(lengths=np.full(30, 10)))
-    pace = train.Pace(run, SimpleNamespace(scored=scored, answers=[[0], [0] * longest]), 0.5, now=7.0)
+    samples = SimpleNamespace(scored=scored, answers=[[0], [0] * longest])
+    pace = train.Pace(9, 0, False, 300, report.Samples.expected_seconds(samples, 0.5), now=7.0)
     pace.step_done(now=12.0, tokens=50)  # makes kernels, too
     assert pace.seconds_left(1, 2, 2) == pytest.approx(5 + 10 + expected - 1)  # 300 tokens at a third of 0.1 s
     pace.step_done(now=13.0, tokens=100)

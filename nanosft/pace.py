@@ -1,0 +1,56 @@
+"""How fast a run is, and so how many steps a limit of time allows, and how long the rest takes."""
+import math
+
+
+class Pace:
+    """What steps and evaluations have taken, up to `now`. All seconds are those since the run began.
+
+    The first step, which makes kernels and touches new memory, counts only while it is alone; one that `compiles` tells
+    nothing. Until an evaluation was seen, its `val_tokens` are expected to take a third of what they take in a step,
+    and its answers `answer_seconds`.
+    """
+
+    def __init__(self, planned_steps, max_minutes, compiles, val_tokens, answer_seconds, now):
+        self.planned, self.limit, self.compiles = planned_steps, 60 * max_minutes or math.inf, compiles
+        self.steps, self.trained, self.now, self.evaluated = 0, 0.0, now, now
+        self.token_seconds, self.val_tokens, self.is_forecast = math.inf, val_tokens, True
+        self.answer_seconds = self.evaluation_seconds = answer_seconds
+
+    def step_done(self, now, tokens):
+        """Takes the time at which a step of so many tokens has ended."""
+        seconds, self.now = now - self.now, now
+        self.trained = seconds if self.steps < 2 else self.trained + seconds
+        self.steps += 1
+        self.token_seconds = min(self.token_seconds, seconds / tokens)
+        if self.is_forecast:
+            self.evaluation_seconds = self.answer_seconds + self.val_tokens * self.token_seconds / 3
+
+    def evaluation_done(self, now):
+        """Takes the time at which an evaluation has ended."""
+        self.evaluation_seconds, self.now, self.evaluated, self.is_forecast = now - self.now, now, now, False
+
+    def step_seconds(self):
+        return self.trained / max(1, self.steps - 1)
+
+    def time_for_steps(self):
+        """The seconds before the evaluation with which the run ends."""
+        return self.limit - self.now - self.evaluation_seconds
+
+    def total_steps(self, step):
+        """The number of the step at which time is up, or of the last one that is planned; at least one is made."""
+        second = self.now + (0 if self.compiles else self.step_seconds())
+        if self.limit == math.inf or (self.steps < 2 and second < self.limit):
+            return self.planned
+        steps = int(self.time_for_steps() / self.step_seconds()) if self.steps else 0
+        return min(self.planned, max(1, step + max(0, steps)))
+
+    def has_time_to_evaluate(self):
+        """Evaluations take a tenth of a limited time at most, and none of what the last one needs."""
+        return self.limit == math.inf or (self.now - self.evaluated >= 10 * self.evaluation_seconds
+                                          and self.time_for_steps() >= self.evaluation_seconds)
+
+    def seconds_left(self, step, total_steps, interval):
+        """Until the end, with the evaluations to come every `interval` steps, this step's among them."""
+        evaluations = math.ceil(total_steps / interval) - (step - 1) // interval
+        left = (total_steps - step) * self.step_seconds() + evaluations * self.evaluation_seconds
+        return min(left, max(self.limit - self.now, self.evaluation_seconds))
