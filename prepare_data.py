@@ -6,7 +6,7 @@
 
 A record is one of (its keys tell which):
     {"instruction": ..., "input": optional, "output": ...}  Alpaca, Dolly, Q & A
-    {"prompt": ..., "completion" or "response": ...}        rendered as it is
+    {"prompt": ..., "completion" or "response": ...}        rendered as it is, if alone
     {"messages": [{"role": ..., "content": ...}, ...]}      chat, ShareGPT
     {"text": ...}                                           all of it is learned
     any columns: --prompt_format="{title}\\nIt is" --response_format=" {kind}"
@@ -232,7 +232,8 @@ def encode_records(records, split, spec, config, encoding, report, prompts, kind
             kept = answered_part(messages)
             kind = kept[0].role if kept[0].role in ("text", "prompt") else "conversation"
             if kind != kinds.setdefault("first", kind):
-                raise Unusable("not of the kind of the first", f"a {kind} among {kinds['first']} records")
+                remedy = "" if "text" in (kind, kinds["first"]) else "; --template=chat takes both"
+                raise Unusable("not of the kind of the first", f"a {kind} among {kinds['first']} records{remedy}")
             segments = templates.render(kept, spec)
             ids, flags = templates.encode(segments, encoding, config.train_on_prompt)
             if len(ids) > config.block_size + 1 and kind != "text":

@@ -219,7 +219,8 @@ def build_model(config, meta, checkpoint, dtype):
     model = GPT.from_pretrained(init_from, config.dropout, dtype if config.lora_rank else torch.float32).merge_lora()
     if not 0 <= model.config.vocab_size - meta["vocab_size"] < PADDING:
         raise UserError(f"--init_from={init_from} has {model.config.vocab_size} token ids, {config.data_dir} "
-                        f"{meta['vocab_size']}: name other data with --data_dir, or prepare with --model={init_from}")
+                        f"{meta['vocab_size']}: name other data with --data_dir, or prepare it with --model or the "
+                        "--encoding of the model")
     if init_from != meta["model"] and has_other_vocabulary(locate(init_from).parent, config.data_dir):
         raise UserError(f"--init_from={init_from} has a vocabulary of its own, not that of {config.data_dir}: prepare "
                         f"the data with --model={init_from}")
@@ -453,6 +454,7 @@ def begin(run, samples):
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     if config.resume:
+        clear(out_dir, ())
         report.cut_rows(out_dir / "log.csv", run.state.step)
     started, step = time.perf_counter(), run.state.step
     if step < run.steps:
@@ -532,7 +534,8 @@ def train(config, device):
     # time. Time for the last evaluation is reserved.
     state.elapsed = saved = seconds()
     answer_seconds = samples.expected_seconds(all_reduce(answer_seconds, "MAX"))
-    pace = Pace(run.steps, config.max_minutes, run.compiles, run.val.lengths.sum(), answer_seconds, state.elapsed)
+    pace = Pace(run.steps, config.max_minutes, run.compiles, run.val.lengths.sum(), answer_seconds, state.elapsed,
+                earlier=state.elapsed / state.step if state.step else 0.0)
     total_steps, first_step, signum = pace.total_steps(state.step), state.step, 0
     steps_per_epoch = math.ceil(len(data) / config.batch_size)
     with interrupts() as caught:
@@ -550,8 +553,8 @@ def train(config, device):
             norm = optimizer.step(learning_rate, loss, config.grad_clip).item()  # waits for the device
             state.train_loss = loss.item()
             state.skipped = 0 if math.isfinite(state.train_loss + norm) else state.skipped + 1
-            if state.step == first_step and rank == 0:  # it fits into memory: now a run that was here may go
-                clear(out_dir, () if config.resume else RESULTS)
+            if state.step == first_step and rank == 0 and not config.resume:
+                clear(out_dir, RESULTS)  # it fits into memory: now a run that was here may go
             # the time
             state.step += 1
             state.elapsed, signum = seconds(), int(all_reduce(max(caught, default=0), "MAX"))

@@ -87,7 +87,8 @@ def check(config, at_least=None, fractions=(), choices=None, problems=()):
         object.__setattr__(config, name, value)
         if value != field.default:
             given.add(name)
-        is_number, least = field.type in (int, float), at_least.get(name, 0)
+        is_known = any(problem.startswith(f"--{name}:") for problem in problems)
+        is_number, least = field.type in (int, float) and not is_known, at_least.get(name, 0)
         if name in fractions and not 0 <= value < 1:
             found.append(f"--{name}: {value} is not in [0, 1)")
         elif is_number and value < least:

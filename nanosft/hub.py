@@ -17,7 +17,7 @@ INDEX = "model.safetensors.index.json"  # of weights in several files: which ten
 # n_layer, n_head, n_embd of OpenAI's weights
 SIZES = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024), "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600)}
 PICKLES = (".bin", ".pt", ".pth")  # what torch.save writes
-TOKENIZER = ("tokenizer.json", "vocab.json", "tokenizer_config.json", "special_tokens_map.json",
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
              "chat_template.jinja")  # what lies beside the weights, where a model has it
 
 
@@ -65,14 +65,18 @@ def ask(url):
     import requests  # comes with tiktoken
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{url} is not in the cache and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")
-    os.environ["NETRC"] = os.devnull  # what stands in ~/.netrc would take the place of the token
     headers, token = {"Accept-Encoding": "identity"}, os.environ.get("HF_TOKEN", "")
     path = Path(os.environ.get("HF_TOKEN_PATH", home() / "token")).expanduser()
     if not token and path.is_file():
         token = path.read_text()
     if token.strip() and url.startswith(f"{endpoint()}/"):
         headers["Authorization"] = f"Bearer {token.strip()}"
-    response = requests.get(url, headers=headers, stream=True, timeout=30)
+    netrc, os.environ["NETRC"] = os.environ.get("NETRC"), os.devnull  # what it says would take the token's place
+    try:
+        response = requests.get(url, headers=headers, stream=True, timeout=30)
+    finally:
+        del os.environ["NETRC"]
+        os.environ.update({"NETRC": netrc} if netrc else {})
     response.raise_for_status()
     told = [one.headers for one in response.history if "X-Repo-Commit" in one.headers
             and ("X-Linked-Etag" in one.headers or "ETag" in one.headers)]
@@ -90,7 +94,7 @@ def save(response, path, title, digest=""):
         received = response.raw.tell()  # in bytes as they came; a proxy may have packed them
         if received != int(response.headers.get("Content-Length") or received):
             raise ValueError(f"{title} came cut short")
-        if digest and sha256_of(file.name) != digest:
+        if len(digest) == 64 and sha256_of(file.name) != digest:
             raise ValueError(f"{title} came damaged")
 
 
@@ -142,7 +146,7 @@ def download(repository):
             raise UserError(f"the hub has no model {repository} with a config.json; check the name")
         print(f"downloading {repository} to {folder_of(repository).parent}", flush=True)
         commit = config.parent.name  # of all files, though the repository may change meanwhile
-        for file in TOKENIZER:
+        for file in (*TOKENIZER, "vocab.json"):  # the last tells whose an old GPT-2's tokens are
             fetch(repository, file, commit)
         weights = config.name.replace("config.json", "model.safetensors")
         if not fetch(repository, weights, commit) and fetch(repository, INDEX, commit):

@@ -7,12 +7,12 @@ class Pace:
 
     The first step, which makes kernels and touches new memory, counts only while it is alone; one that `compiles` tells
     nothing. Until an evaluation was seen, its `val_tokens` are expected to take a third of what they take in a step,
-    and its answers `answer_seconds`.
+    and its answers `answer_seconds`. `earlier`: what a step took in an earlier part of the run; 0: there was none.
     """
 
-    def __init__(self, planned_steps, max_minutes, compiles, val_tokens, answer_seconds, now):
+    def __init__(self, planned_steps, max_minutes, compiles, val_tokens, answer_seconds, now, earlier=0.0):
         self.planned, self.limit, self.compiles = planned_steps, 60 * max_minutes or math.inf, compiles
-        self.steps, self.trained, self.now, self.evaluated = 0, 0.0, now, now
+        self.steps, self.trained, self.earlier, self.now, self.evaluated = 0, 0.0, earlier, now, now
         self.token_seconds, self.val_tokens, self.is_forecast = math.inf, val_tokens, True
         self.answer_seconds = self.evaluation_seconds = answer_seconds
 
@@ -30,7 +30,7 @@ class Pace:
         self.evaluation_seconds, self.now, self.evaluated, self.is_forecast = now - self.now, now, now, False
 
     def step_seconds(self):
-        return self.trained / max(1, self.steps - 1)
+        return self.earlier if self.earlier and self.steps < 2 else self.trained / max(1, self.steps - 1)
 
     def time_for_steps(self):
         """The seconds before the evaluation with which the run ends."""
@@ -39,9 +39,9 @@ class Pace:
     def total_steps(self, step):
         """The number of the step at which time is up, or of the last one that is planned; at least one is made."""
         second = self.now + (0 if self.compiles else self.step_seconds())
-        if self.limit == math.inf or (self.steps < 2 and second < self.limit):
+        if self.limit == math.inf or (self.steps < 2 and not self.earlier and second < self.limit):
             return self.planned
-        steps = int(self.time_for_steps() / self.step_seconds()) if self.steps else 0
+        steps = int(self.time_for_steps() / self.step_seconds()) if self.step_seconds() else 0
         return min(self.planned, max(1, step + max(0, steps)))
 
     def has_time_to_evaluate(self):

@@ -175,7 +175,7 @@ def question_and_answer(asked, question, rest):
         elif name:
             messages.append(Message("assistant", {"text": text_of(answer, name)}))
         return with_system(messages, rest)
-    beside = {*NAMES["system"], *NAMES["history"], *NAMES["context"]} & rest.keys()
+    beside = any(not is_missing(rest.get(name)) for kind in ("system", "history", "context") for name in NAMES[kind])
     if asked == "prompt" and not beside:  # a prompt and its answer stay as they are
         messages, role, key = [Message("prompt", {asked: text_of(question, asked)})], "completion", name
     else:

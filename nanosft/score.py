@@ -21,7 +21,7 @@ def label_set(references, named, loaded):
             raise UserError(f"--labels: none of {named} is an answer of the file's; name such as {min(spelling)}")
     elif not 2 <= len(labels) <= 50 or 3 * len(labels) > len(references):
         if 2 <= len(labels) <= min(50, 2 / 3 * len(references)):
-            print(f"{len(labels)} different answers in {len(references)} records: name classes with --labels")
+            print(f"{len(labels)} different answers in {len(references)} records; if classes, name them with --labels")
         return {}
     ids = {label: encode(render_answer(label, loaded.spec), loaded.encoding)[0] for label in labels}
     longest, context = max(map(len, ids.values())), loaded.model.config.block_size

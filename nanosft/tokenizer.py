@@ -54,7 +54,7 @@ def has_other_vocabulary(directory, data_dir=""):
             return (read_json(path).get("model") or {}).get("vocab")
         return read_json(path.with_name("vocab.json")) if path.with_name("vocab.json").is_file() else None
 
-    theirs, ours = vocabulary(directory), vocabulary(data_dir) or {"\u0120the": 262}
+    theirs, ours = vocabulary(directory), data_dir and vocabulary(data_dir) or {"\u0120the": 262}
     return isinstance(theirs, dict) and any(theirs.get(token) != ours[token] for token in ours)
 
 

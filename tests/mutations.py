@@ -65,7 +65,7 @@ MUTATIONS = {
     "added tokens not found in texts": ('''if self.added:''', '''if False:'''),
     "thinking not off": (''', enable_thinking=False)''', ''')'''),
     "token sent to another host": ('''if token.strip() and url.startswith(f"{endpoint()}/"):''', '''if token.strip():'''),
-    "damaged download kept": ('''if digest and sha256_of(file.name) != digest:''', '''if False:'''),
+    "damaged download kept": ('''if len(digest) == 64 and sha256_of(file.name) != digest:''', '''if False:'''),
     "tokenizer left behind": ('''    copy_tokenizer(run.tokenizer, directory, run.spec)''', '''    pass'''),
     # optimizer
     "a parameter its own master in 16 bits": ('''        self.masters = {name: p.detach()''', '''        model.to(dtype)\n        self.masters = {name: p.detach()'''),
@@ -93,14 +93,15 @@ MUTATIONS = {
     "evaluations to come not in the time left": ('''+ evaluations * self.evaluation_seconds''', '''+ self.evaluation_seconds'''),
     "the start of a run replaced": ('''start.exists() and is_ours:''', '''False:'''),
     "a compiling step in the pace": ('''(0 if self.compiles else self.step_seconds())''', '''self.step_seconds()'''),
-    "the last evaluation kept back by one step alone": ('''(self.steps < 2 and second < self.limit)''', '''(self.steps < 1 and second < self.limit)'''),
+    "the last evaluation kept back by one step alone": ('''(self.steps < 2 and not self.earlier and second < self.limit)''', '''(self.steps < 1 and not self.earlier and second < self.limit)'''),
+    "a resumed run as fast as it was planned": ('''self.steps < 2 and not self.earlier and''', '''self.steps < 2 and'''),
     "dropout after a failed attempt": ('''            torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)  # for dropout
             return''', '''            if run.compiles == (run.config.compile == "on"):
                 torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)
             return'''),
     "NaN the best by answers": ('''reached > best and not math.isnan(state.val_loss)''', '''reached > best'''),
     "another vocabulary for GPT-2's": ('''if init_from != meta["model"] and has_other''', '''if False and has_other'''),
-    "the token of a netrc": ('''    os.environ["NETRC"] = os.devnull''', '''    pass'''),
+    "the token of a netrc": ('''os.environ.get("NETRC"), os.devnull''', '''os.environ.get("NETRC"), ""'''),
     "a platform without a compiler": ('''            if not run.compiles:
                 raise''', '''            raise'''),
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
@@ -126,8 +127,10 @@ MUTATIONS = {
         order''', '''    if False:
         order'''),
     "a run cleared before another fits": ('''    if config.resume:
+        clear(out_dir, ())
         report.cut_rows''', '''    clear(out_dir, () if config.resume else RESULTS)
     if config.resume:
+        clear(out_dir, ())
         report.cut_rows'''),
     "a first step that makes kernels in the pace": ('''if self.steps < 2 else''', '''if self.steps < 1 else'''),
     "two runs in one directory": ('''            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)''', '''            pass'''),

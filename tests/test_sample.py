@@ -425,7 +425,7 @@ def test_labels_are_scored_as_the_answers_spell_them(capsys):
     assert score.label_set([], "pos,b", loaded) == {" pos": [*b" pos", 256], " b": [*b" b", 256]}
     capsys.readouterr()
     assert score.label_set(["a", "b", "a"], "", loaded) == score.label_set(["a", "b", "c"], "", loaded) == {}
-    assert capsys.readouterr().out == "2 different answers in 3 records: name classes with --labels\n"
+    assert capsys.readouterr().out == "2 different answers in 3 records; if classes, name them with --labels\n"
     assert score.label_set(["a" * 64, "b"] * 9, "", loaded) == {}  # no place for one and its stop
     with pytest.raises(UserError, match="--labels: one has 65 tokens"):
         score.label_set([], "b," + "a" * 64, loaded)

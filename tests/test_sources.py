@@ -104,6 +104,8 @@ RECORDS = {
     "a date": ({"question": "q", "answer": datetime.date(2026, 11, 28)},
                [("user", "q"), ("assistant", "2026-11-28")], []),
     "a prompt with a system prompt": ({"system": "s", "prompt": "q", "response": "a"}, BRIEF, []),
+    "a prompt without the others' system prompt": ({"system": None, "prompt": "q", "completion": "a"},
+                                                   [("prompt", "q"), ("completion", "a")], []),
     "a prompt with a history": ({"prompt": "q", "completion": "a", "history": [["q1", "a1"]]}, TWICE, []),
     "a prompt with a context": ({"prompt": "q", "context": "i", "response": "a"},
                                 [("user", "q|i"), ("assistant", "a")], []),

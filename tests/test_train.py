@@ -307,14 +307,18 @@ def test_no_evaluation_comes_in_the_time_that_is_kept_for_the_last(fit, clock, t
     assert 120 <= ours.now - 1000 <= 128 and len(column(tmp_path / "out", "val_loss")) == 2
 
 
-def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, capsys):
+def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, tmp_path, capsys):
     ours = clock(1.0)
     assert fit(max_minutes=60).step == 6 and ours.now - 1000 < 20
     assert "fit into" not in capsys.readouterr().out
     assert fit("short", max_steps=0, epochs=99, max_minutes=0.5, eval_interval=0).step in range(26, 31)
     assert re.search(r"^about \d+ of the 1,782 steps fit into --max_minutes=0.5$", capsys.readouterr().out, re.M)
     assert fit("short", resume=True).step in range(26, 31)  # no time is left
-    assert fit("short", resume=True, max_minutes=1).step in range(54, 61)
+    done = fit("short", resume=True, max_minutes=1).step
+    rates = column(tmp_path / "short", "learning_rate")
+    assert done == len(rates) in range(50, 61)
+    for step in range(32, 50):  # the schedule of the whole limit from the first step on
+        assert rates[step] == pytest.approx(learning_rate_at(step, done, 2e-3, 0, "cosine", 3), rel=0.3)
 
 
 @pytest.mark.parametrize("compiles, first", [("off", 20.0), ("on", 40.0)])

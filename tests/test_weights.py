@@ -210,7 +210,7 @@ def hub(tmp_path, monkeypatch):
             content = file.read_bytes() if file.is_file() and fault != "gone" else b""
             sha256, sha1 = (hashlib.new(kind, start + content).hexdigest() for kind, start in (
                 ("sha256", b""), ("sha1", b"blob %d\0" % len(content))))
-            status, headers = 200, {"X-Repo-Commit": asked, "ETag": f'"{sha1}"'}
+            status, headers = 200, {"X-Repo-Commit": asked, "ETag": f'"{sha1}"', "X-Linked-Etag": f'"{sha1}"'}
             if owner == "storage":  # another host, which must not see the token
                 status = 400 if token else 200
             elif owner == "moved":
