@@ -450,7 +450,7 @@ def describe(run):
 
 
 def begin(run, samples):
-    """Cuts a resumed run's log, and shows two answers. Returns what tracks the run elsewhere, and their seconds."""
+    """Cuts a resumed run's log, and shows an answer. Returns what tracks the run, and the answer's seconds."""
     config, out_dir = run.config, Path(run.config.out_dir)
     track = report.start_tracking(out_dir.name, dataclasses.asdict(config)) if config.wandb else None
     if config.resume:
@@ -458,9 +458,8 @@ def begin(run, samples):
         report.cut_rows(out_dir / "log.csv", run.state.step)
     started, step = time.perf_counter(), run.state.step
     if step < run.steps:
-        with evaluating(run.model):  # 16 tokens: the first step waits for them
-            heading = f"at step {step:,}" if step else "before training"
-            samples.show(run.model, heading, longest=16, with_right=True)
+        with evaluating(run.model):
+            samples.show(run.model, f"at step {step:,}" if step else "before training", at_start=True)
     return track, time.perf_counter() - started
 
 

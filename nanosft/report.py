@@ -131,23 +131,23 @@ class Samples:
         return [[token for token in tokens if token is not None] for tokens in zip(*steps, strict=True)]
 
     def expected_seconds(self, seconds):
-        """About what the answers of an evaluation take, by what two of 16 tokens took: those that are counted go 32 at
-        a time, which takes about as long as six."""
+        """About what the answers of an evaluation take, by what one of 16 tokens took: those that are counted go 32 at
+        a time, which takes about as long as three."""
         longest = max(map(len, self.answers))
         return seconds * (min(64, longest) + 3 * longest * math.ceil(self.scored / 32)) / 16
 
-    def show(self, model, heading, longest=64, with_right=False):
-        """Prints the first answers, each cut at the length of the longest right one plus a little, or at `longest`;
-        `with_right`: and what is right."""
+    def show(self, model, heading, at_start=False):
+        """Prints the first answers, each cut at the length of the longest right one plus a little, or at 64 tokens.
+        at_start: one, and what is right; it ends after 16, because the first step waits for it."""
         status("")
         print(f"  {heading}:")
-        count = len(self.titles)
+        count, longest = (1, 16) if at_start else (len(self.titles), 64)
         answers = self.answer(model, self.prompts[:count], min(longest, max(map(len, self.answers[:count])) + 4))
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
             text, expected = (self.encoding.decode([token for token in tokens if token != self.stop])
                               for tokens in (answer, right))
             mark = "  (exact)" if answer == right else ""
-            told = f"      right: {shorten(expected, 58)!r}\n" if with_right else ""
+            told = f"      right: {shorten(expected, 58)!r}\n" if at_start else ""
             print(f"    {title}\n{told}      -> {shorten(text, 58)!r}{mark}", flush=True)
 
     def right(self, model, batch=32):

@@ -698,11 +698,12 @@ def test_answers_in_training_stop_at_the_context_and_show_no_template(data, caps
     samples = report.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"), 256, count=5)
     longest = max(map(len, samples.prompts))
     model = tiny(block_size=longest)
-    samples.show(model, "here", with_right=True)
-    right = [get_encoding("bytes").decode(answer[:-1]) for answer in samples.answers]
+    samples.show(model, "here", at_start=True)
+    right = get_encoding("bytes").decode(samples.answers[0][:-1])
     shown = capsys.readouterr().out
-    assert re.findall(r"right: '(.*)'", shown) == [report.shorten(text, 58) for text in right]
-    assert shown.count("->") == len(right) == 5
+    assert re.findall(r"right: '(.*)'", shown) == [report.shorten(right, 58)] and shown.count("->") == 1
+    samples.show(model, "here")
+    assert capsys.readouterr().out.count("->") == 5
     answers = samples.answer(model, samples.prompts, 40)
     assert [len(answer) for answer in answers] == [min(40, longest - len(prompt) + 1) for prompt in samples.prompts]
     texts = [f"Below is a task.\n\n### Do:\nname {i}\n### Say:\n{i}<|endoftext|>" for i in range(20)]
