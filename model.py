@@ -33,7 +33,7 @@ class GPTConfig:
     dropout: float = 0.0
     eos_token_id: int = 50256  # ends an answer; the model does not use it, its config.json tells it to others
     bos_token_id: int = 50256
-    # what follows is GPT-2's as it stands; a Llama differs in each
+    # what follows is GPT-2's; other families change some
     fused_qkv: bool = True  # one matrix for queries, keys and values
     n_kv_head: int = 0  # heads of keys and values, each of which serves several of queries; 0 = n_head
     head_dim: int = 0  # 0 = n_embd / n_head
@@ -102,8 +102,8 @@ def to_device(x, device):
 # ---- attention ------------------------------------------------------------------------------------------------------
 
 def rotary_speeds(config, device=None):
-    """The angles, (head_dim / 2,), by which rotary positions turn each pair at each token. Llama 3 slows the turns that
-    its first context did not see often: those of under high_freq_factor turns, the more the fewer."""
+    """The angles, (head_dim / 2,), by which rotary positions turn each pair at each token. Llama 3 slows
+    those that make under high_freq_factor turns in its first context, the slowest ones the most."""
     speeds = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
     if config.rope_scaling:
         scaling = config.rope_scaling
@@ -484,7 +484,7 @@ class GPT(nn.Module):
         return self
 
     def merge_lora(self):
-        """Adds LoRA's updates, where there are any, to the weights, in their dtype."""
+        """Adds LoRA's updates, where there are any, to the weights, in their dtype; all become trainable."""
         for name, module in list(self.named_modules()):
             if isinstance(module, LoraLinear):
                 weight = module.weight + module.scale * module.lora_B @ module.lora_A

@@ -6,7 +6,7 @@
 
 A record is one of (its keys tell which):
     {"instruction": ..., "input": optional, "output": ...}  Alpaca, Dolly, Q & A
-    {"prompt": ..., "completion" or "response": ...}        rendered as it is, if alone
+    {"prompt": ..., "completion" or "response": ...}        without a template, if alone
     {"messages": [{"role": ..., "content": ...}, ...]}      chat, ShareGPT
     {"text": ...}                                           all of it is learned
     any columns: --prompt_format="{title}\\nIt is" --response_format=" {kind}"
@@ -54,7 +54,7 @@ class PrepareConfig:
     test_fraction: float = 0.10  # share of the prompts held out as test.jsonl, to answer and score with sample.py
     seed: int = 38  # decides which prompts are held out
     # rendering
-    template: str = ""  # alpaca | chat | text | model; '' = the model's, for messages chat, else alpaca
+    template: str = ""  # alpaca | chat | text | model; '' = the model's; chat for turns, system, history; else alpaca
     prompt_format: str = ""  # for other columns: "Title: {title}\nCategory:"
     response_format: str = ""  # for other columns: " {category}"
     train_on_prompt: bool = False  # learn to predict the prompts too
@@ -172,7 +172,7 @@ def tokens_of(config, head):
 
 
 def hold_conversations(records, spec):
-    """Whether the first of these located records that can be used is a list of turns."""
+    """Whether the first of these located records that can be used needs chat: turns, a system prompt or a history."""
     for _, record in records:
         with contextlib.suppress(Unusable):
             messages, _ = to_messages(record, spec)

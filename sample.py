@@ -39,7 +39,7 @@ class SampleConfig:
     model: str = "out"  # an out_dir of train.py, a Hugging Face directory, owner/name, or gpt2 ...; several with commas
     data_dir: str = ""  # prepared data whose template to use; '' = the model's: stored with it, or its own, or none
     # what to answer
-    prompt: str = ""  # one prompt, or a JSON object for records of several columns; '' = chat; texts: their beginning
+    prompt: str = ""  # one prompt, or a JSON object for records of several columns; of a text: how it begins; '' = chat
     prompt_file: str = ""  # a file that holds the prompt
     input: str = ""  # Alpaca's input to the prompt
     system: str = ""  # system prompt, for a template that has one
@@ -55,12 +55,12 @@ class SampleConfig:
     top_k: int = 0  # draw from the k most likely tokens; 0 = all
     top_p: float = 1.0  # draw from the smallest set of tokens with this probability
     repetition_penalty: float = 1.0  # above 1: tokens that have been there become less likely
-    stop: str = ""  # text that ends an answer, too, such as "\\n"
-    max_new_tokens: int = 256  # longest answer in tokens; unless it is given, that to classify ends 4 after any label
+    stop: str = ""  # text that ends an answer, too, such as "\n"
+    max_new_tokens: int = 256  # longest answer in tokens; by default a class has 4 more than the longest label at most
     num_samples: int = 1  # answers to one prompt
     seed: int = 1337  # of the draws
     # machine
-    batch_size: int = 32  # records answered at a time: memory, never the answers
+    batch_size: int = 32  # records answered at a time; more take more memory
     device: str = ""  # cpu | cuda | mps; '' = the best there is
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 

@@ -58,7 +58,7 @@ class TrainConfig:
     lora_targets: str = ""  # layers that get one, by the ends of their names, with commas; '' = all linear ones
     # batches and length
     batch_size: int = 8  # examples in an optimizer step
-    micro_batch_tokens: int = 0  # tokens in one forward pass, at least one example: memory, no other result; 0 = auto
+    micro_batch_tokens: int = 0  # tokens in a forward pass, at least one example: changes memory alone; 0 = auto
     max_examples: int = 0  # train on the first N examples alone; 0 = all
     epochs: float = 0  # passes over the data; 0 = as max_steps says, else 2 for fine-tuning, 8 from scratch
     max_steps: int = 0  # stop after this many optimizer steps; 0 = no limit
@@ -103,7 +103,7 @@ class TrainConfig:
             "dtype": ("auto", "float32", "bfloat16", "float16", "float64")}, problems)
 
 
-# what --resume may change; everything else decides which numbers come out
+# what --resume may change
 MAY_CHANGE = {"data_dir", "out_dir", "resume", "overwrite", "micro_batch_tokens", "epochs", "max_steps", "max_minutes",
               "eval_interval", "save_interval", "log_interval", "patience", "device", "compile", "wandb",
               "gradient_checkpointing"}
@@ -117,7 +117,7 @@ class RunState:
     train_loss: float = math.nan  # of the last step, per supervised token
     val_loss: float = math.nan  # of the last evaluation
     best_val_loss: float = math.inf
-    val_score: float = 0.0  # share of right answers in the last evaluation, where best/ follows it
+    val_score: float = 0.0  # share of right answers in the last evaluation, where they are counted
     best_val_score: float = -1.0
     waited: int = 0  # evaluations since the best one
     skipped: int = 0  # steps in a row that were not finite
@@ -243,7 +243,7 @@ def build_model(config, meta, checkpoint, dtype):
 
 
 def open_run(config):
-    """(config, checkpoint's values, its tensors) or, of a new run, (config, None, None). None is replaced unasked."""
+    """(config, checkpoint's values, its tensors); the last two are None for a new run, which replaces none unasked."""
     out_dir = Path(config.out_dir)
     if (out_dir / "meta.json").exists():
         raise UserError(f"--out_dir={out_dir} holds prepared data: name another directory")
@@ -464,7 +464,7 @@ def begin(run, samples):
 
 
 def samples_of(run):
-    """The prompts that are answered at each evaluation; UserError where --best_by has nothing to score."""
+    """The prompts that are answered at each evaluation; UserError where --best_by or --patience has nothing."""
     by, has_val, is_text = run.config.best_by, len(run.val) > 0, run.meta["prompt"]["template"] == "text"
     if run.config.patience and not has_val:
         raise UserError("--patience needs validation records: prepare with --val_fraction=0.05, or leave it out")

@@ -173,7 +173,7 @@ def base_of(path):
 
 
 def locate(name_or_path):
-    """The weights file, or the index of several, behind a name on the hub, a directory or a file."""
+    """The weights file, index of several, or adapter_config.json behind a name on the hub, a directory or a file."""
     path = Path(name_or_path)
     is_name = name_or_path in SIZES or REPOSITORY.fullmatch(name_or_path)
     if is_name and not path.exists():

@@ -17,7 +17,7 @@ def new_figure(**options):
 
 
 def write(figure, path):
-    """Writes a PNG; whether that worked. A disk that does not take it is no reason to end a run."""
+    """Writes a PNG; returns whether it worked. A disk that does not take it is no reason to end a run."""
     try:
         with atomic_file(path) as file:
             figure.savefig(file, format="png", dpi=120)

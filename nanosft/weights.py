@@ -1,4 +1,4 @@
-"""Models as files: Hugging Face's directories and the hub, nanoGPT's ckpt.pt, LoRA adapters in PEFT's layout.
+"""Models as files: Hugging Face's directories, nanoGPT's ckpt.pt, LoRA adapters in PEFT's layout.
 
 Tensors are read one by one, so that a file is never in memory twice.
 """
@@ -28,7 +28,7 @@ NUMBERS = {
               "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_kv_head": "num_key_value_heads",
               "head_dim": "head_dim", "n_inner": "intermediate_size"}}
 NUMBERS |= dict.fromkeys(("qwen2", "qwen3"), NUMBERS["llama"])
-PADDING = 512  # a model may have fewer ids than these beyond its tokenizer's, for speed; Qwen has up to 399
+PADDING = 512  # a model may have fewer than these ids that its tokenizer lacks, for speed; Qwen has up to 399
 LLAMA = dict(fused_qkv=False, gated_mlp=True, bias=False, rms_norm=True)  # in GPTConfig
 PREFIXES = re.compile(r"^((transformer|model|module|_orig_mod)\.)+")  # those that some files lack or add
 RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm.",

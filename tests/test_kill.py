@@ -1,6 +1,6 @@
 """What a run survives: SIGKILL at any moment, Ctrl-C, a full disk, missing files; and that its memory is flat.
 
-KILLS=200 pytest tests/test_kill.py -k killed -n 0 -s  # the first test's long form; by default it kills eight times
+KILLS=200 pytest tests/test_kill.py -k killed -m slow -n 0 -s  # kills 200 times; by default eight
 """
 import os
 import random

@@ -22,7 +22,7 @@ SCRIPTS = {"prepare_data.py": (prepare_data.main, prepare_data.PrepareConfig),
 SHORTER = {"prepare_data.py": {}, "sample.py": dict(max_new_tokens=4, device="cpu", dtype="float32"),
            "train.py": dict(max_steps=2, max_minutes=0, eval_interval=0, n_layer=1, n_head=2, n_embd=32, device="cpu",
                             dtype="float32", overwrite=True)}
-TORCHRUN = {"standalone", "nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint"}
+TORCHRUN = {"standalone", "nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port"}
 TOKENIZER = json.dumps({"model": {"vocab": {"\u0120the": 262}}})  # of GPT-2's, as much as is looked at
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
