@@ -30,7 +30,7 @@ from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
 from nanosft.hub import TOKENIZER, base_of, locate
-from nanosft.records import Unusable, is_missing, to_messages
+from nanosft.records import NAME, Unusable, is_missing, to_messages
 from nanosft.shards import FORMAT_VERSION, SUPERVISED, ShardWriter, write_meta
 from nanosft.sources import SEPARATOR, kind_of, paths_of, read_records
 from nanosft.tokenizer import has_other_vocabulary
@@ -70,6 +70,10 @@ class PrepareConfig:
         problems = []
         if self.prompt_format and not self.response_format:
             problems.append("--response_format: needed with --prompt_format")
+        if self.response_format and not NAME.search(self.response_format):
+            problems.append(f"--response_format: {self.response_format!r} names no column, as {{label}} does")
+        if self.prompt_format and self.template in ("alpaca", "chat", "text"):
+            problems.append(f"--template: {self.template} leaves no place for --prompt_format; leave one of them out")
         if self.block_size == 1:
             problems.append("--block_size: 1 is below 2")
         if not self.input and (self.val_input or self.test_input):
@@ -110,7 +114,7 @@ class Report:
         for name, value in rest.items():
             self.unused[name] += 1
             values = self.classes.setdefault(name, set()) if is_text else set()
-            if isinstance(value, str | int) and len(values) <= 50:
+            if not isinstance(value, list | dict) and len(values) <= 50:
                 values.add(value)
 
     def lines(self):
@@ -128,7 +132,7 @@ class Report:
             names = ", ".join(f"{name} ({count:,} records)" for name, count in self.unused.most_common())
             lines.append(f"not used: {names}")
         for name, values in self.classes.items():
-            if 2 <= len(values) <= 50 and 3 * len(values) <= self.unused[name]:
+            if 2 <= len(values) <= 50 and 3 * len(values) <= self.unused[name] and not set(name) & set('{}"$`'):
                 formats = f'--prompt_format="{{{self.text}}}\\n{name}:" --response_format=" {{{name}}}"'
                 lines.append(f"to classify by {name}, add {formats}")
         return lines
@@ -139,7 +143,13 @@ def files_of(config):
     if not config.input:
         return {"": [Path(__file__).parent / "data" / "demo.jsonl"]}
     flags = {"": "input", "val": "val_input", "test": "test_input"}
-    return {split: paths_of(flag, getattr(config, flag)) for split, flag in flags.items() if getattr(config, flag)}
+    files = {split: paths_of(flag, getattr(config, flag)) for split, flag in flags.items() if getattr(config, flag)}
+    held_out = {*files.get("val", ()), *files.get("test", ())}
+    files[""] = [path for path in files[""] if path not in held_out] or files[""]
+    named = [path.name for path in files[""] if re.match("(test|valid|validation|val|dev|eval)[^a-z]", path.name, re.I)]
+    if named and len(files[""]) > 1:
+        print(f"{', '.join(named)[:100]} is trained on, too; --test_input and --val_input hold out files")
+    return files
 
 
 def tokens_of(config, head):
@@ -207,7 +217,8 @@ def answered_part(messages):
     if asked and all(map(is_missing, asked)):
         raise Unusable("no question")
     if not answers or any(map(is_missing, answers)):
-        raise Unusable("no answer", "it is empty" if answers else "")
+        remedy = "if its field has another name, give --prompt_format and --response_format"
+        raise Unusable("no answer", "it is empty" if answers else remedy)
     return messages[:stop]
 
 
@@ -332,7 +343,7 @@ def preview(ids, flags, encoding):
     return "".join(texts) + (off if was_supervised else "")
 
 
-def print_report(meta, report, out_dir, replaced):
+def print_report(meta, report, config, out_dir, replaced):
     status("")
     for split in ("train", "val"):
         counts = meta[split]
@@ -343,7 +354,8 @@ def print_report(meta, report, out_dir, replaced):
     for line in report.lines():
         print(line)
     if not meta["val"]["examples"]:
-        print("warning: no validation records, so that the last weights count as the best: raise --val_fraction")
+        remedy = "look at --val_input" if config.val_input else "raise --val_fraction"
+        print(f"warning: no validation records, so that the last weights count as the best: {remedy}")
     flags = [f"--data_dir={out_dir}", f"--out_dir=out-{out_dir.name}"]
     command = shlex.join(["python", "train.py", *([] if out_dir == Path("data/demo") else flags)])
     tokens = meta["model"] or f"{meta['encoding']} encoding"
@@ -408,7 +420,7 @@ def main(config):
         publish(work, place)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    print_report(meta, report, out_dir, replaced)
+    print_report(meta, report, config, out_dir, replaced)
     for ids, flags in shown:
         print(f"\n{preview(ids, flags, encoding)}")
     return meta

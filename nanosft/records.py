@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 from nanosft.console import UserError
 
-NAME = re.compile(r"\{([^{}\n\"':]+)\}")  # a field's name in prompt_format and response_format
+NAME = re.compile(r"\{(?!\s*[\"'])([^{}\n]+)\}")  # a field's name in prompt_format and response_format; JSON is none
 
 # what a field is, and the names that it goes by, those that count more first
 NAMES = {"conversation": ("messages", "conversations", "conversation"),
          "role": ("role", "from"), "content": ("content", "value", "text"), "weight": ("weight",),
          "system": ("system", "system_prompt"), "history": ("history",),
-         "question": ("instruction", "prompt", "question", "query", "input"), "context": ("input", "context"),
+         "question": ("instruction", "prompt", "question", "query", "input"),
+         "context": ("input", "context", "question", "query"),
          "answer": ("output", "completion", "response", "answer"), "text": ("text",)}
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user", "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
@@ -91,7 +92,8 @@ def fill(template, fields, flag):
         if match[1] not in fields:
             columns = ", ".join(map(str, fields)) or "none"
             raise Unusable("a column is missing", f"--{flag} names {{{match[1]}}}; the columns are {columns}")
-        return text_of(fields[match[1]], match[1])
+        value = fields[match[1]]
+        return "" if is_missing(value) else text_of(value, match[1])  # null is a table's empty cell
     return NAME.sub(value, whole(template, f"--{flag}"))
 
 
@@ -118,7 +120,8 @@ def to_messages(record, spec, answered=True):
         raise Unusable("a record is an object with named fields", f"not {beginning(record)}")
     if record.get(CUT):
         raise Unusable("cells that the hub's viewer has cut", ", ".join(map(repr, record[CUT])))
-    by_form = answered or spec["template"] != "text" and all(
+    is_plain = spec["prompt_format"] == "{prompt}" and spec["response_format"][1:-1] in NAMES["answer"]
+    by_form = answered or not is_plain and spec["template"] != "text" and all(
         name in record for name in NAME.findall(spec["prompt_format"]))
     if spec["response_format"] and by_form:
         messages, rest = by_formats(record, spec, answered)
@@ -143,26 +146,26 @@ def by_formats(record, spec, answered):
 
 
 def by_names(record):
-    """A record whose fields have known names."""
+    """A record whose fields have known names, in letters of either case."""
     lower = {str(name).lower().strip(): name for name in record}
-    if lower.keys() != record.keys() and len(lower) == len(record):
-        messages, rest = by_names({small: record[name] for small, name in lower.items()})
-        return messages, {lower.get(name, name): value for name, value in rest.items()}
-    rest = dict(record)
+    if len(lower) < len(record):
+        lower = dict(zip(record, record, strict=True))
+    rest = {small: record[name] for small, name in lower.items()}
     name, turns = take(rest, "conversation")
-    if name:
-        messages = conversation(turns, name, rest)
-        return with_system(messages, rest), rest
     answered = not rest.keys().isdisjoint(NAMES["answer"])
     asked, question = take(rest, "question") if answered or is_missing(rest.get("text")) else (None, None)
-    if asked:
-        return question_and_answer(asked, question, rest), rest
-    if not is_missing(rest.get("text")):
-        return [Message("text", {"text": text_of(rest.pop("text"), "text")})], rest
-    for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
-        if any(name in rest for name in NAMES[kind]):
-            raise Unusable(reason)
-    raise Unusable("unknown kind of record", f"{', '.join(map(repr, record)) or 'no fields'}; {EXPECTED}")
+    if name:
+        messages = with_system(conversation(turns, name, rest), rest)
+    elif asked:
+        messages = question_and_answer(asked, question, rest)
+    elif not is_missing(rest.get("text")):
+        messages = [Message("text", {"text": text_of(rest.pop("text"), "text")})]
+    else:
+        for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
+            if any(name in rest for name in NAMES[kind]):
+                raise Unusable(reason)
+        raise Unusable("unknown kind of record", f"{', '.join(map(repr, record)) or 'no fields'}; {EXPECTED}")
+    return messages, {lower.get(name, name): value for name, value in rest.items()}
 
 
 def question_and_answer(asked, question, rest):

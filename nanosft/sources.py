@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanosft.console import UserError
 from nanosft.hub import dataset_files
-from nanosft.records import CUT, NAMES, is_conversation
+from nanosft.records import CUT, NAMES, ROLES, is_conversation
 
 UNREADABLE = (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)  # a damaged file's faults
 KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "table", "tsv": "table", "txt": "text",
@@ -60,9 +60,6 @@ def files_in(flag, name):
         raise UserError(f"--{flag}: {name!r} is {fault}; give a file, a directory with {kinds}, or a pattern")
     if len(files) < len(found):
         print(f"{name}: not read: {', '.join(file.name for file in found if file not in files)[:100]}")
-    held_out = [file.name for file in files if re.match("(test|valid|validation|val|dev|eval)[^a-z]", file.name, re.I)]
-    if held_out and flag == "input":
-        print(f"{name}: {', '.join(held_out)[:100]} is trained on, too; --test_input and --val_input hold out files")
     return files
 
 
@@ -114,11 +111,12 @@ def read_values(file, name):
     """Yields (location, value): one a line or, where the first line is none, values of any number of lines."""
     decoder, is_first = json.JSONDecoder(), True
     for number, text in enumerate(file, 1):
-        end = 0
+        end, line, counted = 0, number, 0
         while start := re.compile(r"\S").search(text, end):
             try:
                 value, end = decoder.raw_decode(text, start.start())
-                yield f"line {number + text.count(chr(10), 0, start.start())}", value
+                line, counted = line + text.count("\n", counted, start.start()), start.start()
+                yield f"line {line}", value
             except json.JSONDecodeError as error:
                 if not is_first:
                     raise UserError(f"{name}, line {number + error.lineno - 1}, column {error.colno}: not valid JSON "
@@ -146,7 +144,8 @@ def read_json_records(file, name):
 def records_in(value, name):
     """The records in a file's only JSON value: a list, {"data": [...]}, an object of columns, or a record itself."""
     if isinstance(value, list):
-        return [value] if is_conversation(value) else value
+        roles = {str(turn.get("role", turn.get("from"))).lower() for turn in value} if is_conversation(value) else {}
+        return value if ROLES.keys().isdisjoint(roles) else [value]
     known = [value[key] for key in KNOWN & value.keys()] if isinstance(value, dict) else [value]
     if not value or any(not isinstance(entry, list | dict) or is_conversation(entry) for entry in known):
         return [value]
@@ -177,15 +176,18 @@ def records_in(value, name):
 def read_table(file, name):
     """Yields (location, {column: text}) for every row after the header. Delimiter and kind of quotes are seen."""
     csv.field_size_limit(2**31 - 1)
-    if not re.fullmatch("sep=.", file.readline().lstrip("\ufeff").strip()):  # Excel's own line
+    if not re.fullmatch("sep=.", file.readline().lstrip("\ufeff").rstrip("\r\n")):  # Excel's own line
         file.seek(0)
-    start, headers = file.tell(), {}
-    for delimiter in "\t,;|" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t|":
+    start = file.tell()
+
+    def header(delimiter, spaced=False):
         file.seek(start)
-        headers[delimiter] = next(filter(any, csv.reader(file, delimiter=delimiter)), [])
-    delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equals
-    columns = headers[delimiter]
-    spaced = any(column.startswith(" ") for column in columns[1:])
+        return next(filter(any, csv.reader(file, delimiter=delimiter, skipinitialspace=spaced)), [])
+
+    delimiters = "\t,;|" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t|"
+    delimiter = max(delimiters, key=lambda delimiter: len(header(delimiter)))  # the first of equals
+    spaced = any(column.startswith(" ") for column in header(delimiter)[1:])
+    columns = header(delimiter, spaced)
     while columns and not columns[-1]:  # Excel's empty ones
         columns.pop()
     columns = [(column.strip() if spaced else column) or f"column {number}" for number, column in enumerate(columns, 1)]
@@ -205,7 +207,8 @@ def read_table(file, name):
     rows = rows_of(**next((way for way in ways if fits(rows_of(**way), len(columns), delimiter)), {}))
     for row in filter(any, rows):
         if len(row) < len(columns) or any(row[len(columns):]):
-            remedy = "fill in the others" if len(row) < len(columns) else "quote fields that hold the separator"
+            remedy = "quote fields that hold the separator, or name all columns in the first line"
+            remedy = "fill in the others" if len(row) < len(columns) else remedy
             raise UserError(f"{name}, line {rows.line_num}: {len(row)} fields where the header has {len(columns)}; "
                             f"{remedy}")
         yield f"line {rows.line_num}", dict(zip(columns, row, strict=False))
@@ -247,12 +250,12 @@ def read_parquet(path):
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path.name} needs pyarrow: pip install pyarrow") from None
-    number = 0
+    number, folders = 0, dict(part.split("=", 1) for part in path.parent.parts if "=" in part)  # Spark's, of a column
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches(batch_size=2048) for row in batch.to_pylist())
             for number, record in enumerate(rows, 1):
-                yield f"row {number}", record
+                yield f"row {number}", {**folders, **record}
     except (pyarrow.ArrowException, OSError, OverflowError, ValueError) as error:  # the last: times in nanoseconds
         raise UserError(f"{path.name}, after row {number}: {str(error)[:200]}; write it again, with plain columns"
                         ) from None

@@ -124,7 +124,7 @@ def prepared(source, out_dir, **flags):
         source = write_lines(out_dir.parent / "records.jsonl", source)
     prepare_data.main(prepare_data.PrepareConfig(**{**dict(
         input=str(source), out_dir=str(out_dir), encoding="bytes", show=0, block_size=128,
-        template="" if ".txt" in str(source) else "chat"), **flags}))
+        template="" if ".txt" in str(source) or "prompt_format" in flags else "chat"), **flags}))
     return out_dir
 
 

@@ -106,7 +106,7 @@ MUTATIONS = {
                 raise''', '''            raise'''),
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
     "rows lost where a log was edited": ('''if number.isdigit() and int(number) <= step:''', '''if len(kept) <= step:'''),
-    "a capital hides a field": ('''if lower.keys() != record.keys() and len(lower) == len(record):''', '''if False:'''),
+    "a capital hides a field": ('''{str(name).lower().strip(): name for name in record}''', '''{name: name for name in record}'''),
     "duplicates counted among the answers": ('''            report.drop("exact duplicates", location)
             continue''', '''            report.drop("exact duplicates", location)
             report.answers.update(kept[-1].fields.values())

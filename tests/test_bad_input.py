@@ -102,7 +102,7 @@ def evil(save, name):
 
 
 def prepared(path, out_dir, **flags):
-    template = "" if ".txt" in str(path) else "chat"
+    template = "" if ".txt" in str(path) or "prompt_format" in flags else "chat"
     return prepare_data.main(PrepareConfig(**{**dict(input=str(path), out_dir=str(out_dir), encoding="bytes", show=0,
                                                      val_fraction=0, test_fraction=0, template=template), **flags}))
 
@@ -195,16 +195,19 @@ RECORDS = [
     ("wide.tsv", "text\tb\n1\t2\t3\n", "wide.tsv, line 2: 3 fields where the header has 2; quote fields that hold"),
     ("twice.csv", "text,b,text\n1,2,3\n", r"twice.csv, line 1: duplicate column names in \['text'.*; rename them"),
     ("unclosed.csv", 'text,b\n1,"2\n3,4\n', "unclosed.csv, in or after line 1: unexpected end of data"),
-    ("columns.csv", "q,a\n1,2\n", "unknown kind of record .first: columns.csv, line 2: 'q', 'a'; .* --prompt_format"),
+    ("columns.csv", "Q,a\n1,2\n", "unknown kind of record .first: columns.csv, line 2: 'Q', 'a'; .* --prompt_format"),
     # formats
     ("one.csv", "title,text\n1,2\n", "--response_format names {label}; the columns are title, text", COLUMNS),
     ("other.csv", "label,text\n1,2\n", "--prompt_format names {title}; the columns are label, text", COLUMNS),
     ("newline.csv", '"a\nb",c\n1,2\n', "line 3: --prompt_format names {title}; the columns are a b, c", COLUMNS),
-    ("column.jsonl", '{"title": null, "label": "a"}', "no text .*line 1: 'title' is null", COLUMNS),
+    ("column.jsonl", '{"title": null, "label": "a"}', "1 dropped: no question", COLUMNS),
+    ("column.jsonl", '{"title": ["b", "c"], "label": "a"}', "no text .*line 1: 'title' is .\"b", COLUMNS),
     ("label.jsonl", '{"title": "a", "label": {"b": null}}', "line 1: 'label' is {", COLUMNS),
     ("format.jsonl", ONE, "--response_format: needed with --prompt_format", dict(prompt_format="{a}")),
     ("instructions.jsonl", ONE, "--template=text holds records with 'text'", dict(template="text")),
-    ("unicode.jsonl", ONE, "--prompt_format: half a surrogate", dict(prompt_format="\udce9", response_format="b")),
+    ("unicode.jsonl", ONE, "--prompt_format: half a surrogate", dict(prompt_format="\udce9", response_format="{b}")),
+    ("answer.jsonl", ONE, "--response_format: 'b' names no column, as {label} does", dict(response_format="b")),
+    ("both.jsonl", ONE, "--template: text leaves no place for --prompt_format", dict(template="text", **COLUMNS)),
     ("encoding.jsonl", ONE, "encoding='klingon' is none of bytes, gpt2", dict(encoding="klingon")),
     ("suffix.xlsx", ONE, "--input: suffix.xlsx is none of .json .jsonl .ndjson .csv .tsv .txt .parquet or.*save it so"),
 ]
@@ -491,7 +494,7 @@ SAMPLES = [
     ("--file unasked", *file(turns(("assistant", "a"))), "line 1: nothing is asked before .* answer; give each"),
     ("--output nowhere", *file(ONE, output="no/where"), "No such file or directory"),
     *((f"--prompt {text[:20]}", TWO, dict(prompt=text), TWO_COLUMNS) for text in (
-        "x", '{"title": "a", "te', '["a", "b"]', "[" * 100_000, '{"title": "a", "text": null}', '{"title": "a"}')),
+        "x", '{"title": "a", "te', '["a", "b"]', "[" * 100_000, '{"title": "a"}')),
     ("--model a comma", wording(), dict(model=",", prompt="x"), "no model ','"),
     ("--model=out", lambda path: shutil.rmtree("out"), dict(model="out"), "--model=out: nothing is trained there yet"),
     ("--prompt too long", wording(), dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512: shorten it"),

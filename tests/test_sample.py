@@ -194,6 +194,8 @@ WORDED = {
     "one column, messages": (SPECS["one"], {"messages": turns("q", "a")}, "Q: q\nA:", "a"),
     "a pair, under another name": (PAIR, {"prompt": "q", "response": "a"}, "q", "a"),
     "a pair, Alpaca": (PAIR, {"instruction": "q", "output": "a"}, "q", "a"),
+    "a pair, with a context": (PAIR, {"prompt": "q", "context": "c", "completion": "a"}, "q\n\nc", "a"),
+    "a pair, messages": (PAIR, {"prompt": [{"role": "user", "content": "q"}], "completion": "a"}, "q", "a"),
     "text by a format": ({**SPECS["text"], "response_format": "{c}!"}, {"question": "q", "answer": "a"}, "⏹q", "a"),
     "text, a question": (SPECS["text"], {"question": "q", "answer": "a"}, "⏹q", "a"),
 }

@@ -3,6 +3,7 @@ import datetime
 import gzip
 import http.server
 import json
+import shlex
 import threading
 
 import pytest
@@ -54,6 +55,8 @@ RECORDS = {
     "input and output": ({"input": "q", "output": "a"}, ASKED, []),
     "an empty instruction": ({"instruction": "", "input": "q", "output": "a"}, ASKED, []),
     "an answer under the second name": ({"instruction": "q", "output": None, "response": "a"}, ASKED, []),
+    "an instruction to a question": ({"instruction": "i", "question": "q", "answer": "a"},
+                                     [("user", "i|q"), ("assistant", "a")], []),
     "two answers": ({"instruction": "q", "output": "a", "response": "b"}, ASKED, ["response"]),
     "prompt and completion": ({"prompt": "q", "completion": "a"}, [("prompt", "q"), ("completion", "a")], []),
     "prompt and response": ({"prompt": "q", "response": "a"}, [("prompt", "q"), ("completion", "a")], []),
@@ -211,6 +214,8 @@ FILES = [
     ("conversations.json", json.dumps([row["messages"] for row in TURNS]), [row["messages"] for row in TURNS]),
     ("trl.json", json.dumps({"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}),
      [{"prompt": turns(("user", "q")), "completion": turns(("assistant", "a"))}]),
+    ("mails.json", json.dumps(turns(("a@b", "x"), ("c@d", "y"), role="from", content="text")),
+     turns(("a@b", "x"), ("c@d", "y"), role="from", content="text")),
     ("line.jsonl", '{"title": "t", "authors": [{"name": "x"}]}', [{"title": "t", "authors": [{"name": "x"}]}]),
     ("extra.json", json.dumps({**ROWS[0], "sources": [{"a": 1}]}), [{**ROWS[0], "sources": [{"a": 1}]}]),
     ("table.csv", TABLE, ROWS), ("semicolons.csv", TABLE.replace(",", ";"), ROWS),
@@ -218,6 +223,7 @@ FILES = [
     ("commas.tsv", TABLE, ROWS), ("crlf.csv", TABLE.replace("\n", "\r\n"), ROWS),
     ("excel.csv", TABLE.replace("\n", ",,\n"), ROWS), ("empty_rows.csv", TABLE.replace("q2", "\n,\nq2"), ROWS),
     ("spaced.csv", 'question, answer\nq1, "a1"\nq2, a2\n', ROWS),
+    ("quoted.csv", '"question", "answer"\n"q1", "a1"\n', ROWS[:1]),
     ("kept.csv", "question,answer\nq1, a1\n", [{"question": "q1", "answer": " a1"}]),
     ("index.csv", ",question,answer\n0,q1,a1\n", [{"column 1": "0", **ROWS[0]}]),
     ("quotes.csv", 'question,answer\n"say ""q""","a, b"\n', [{"question": 'say "q"', "answer": "a, b"}]),
@@ -229,6 +235,7 @@ FILES = [
         {"question": '"Hello there', "answer": "a1"}, {"question": "q2", "answer": "a2"},
         {"question": '5 foot 2"', "answer": "a3"}]),
     ("sep.csv", "sep=;\r\nquestion;answer\r\nq1;a1\r\n", ROWS[:1]),
+    ("tab.csv", "sep=\t\r\nquestion\tanswer\r\nq1\ta1\r\n", ROWS[:1]),
     ("backslash.csv", 'question,answer\n"C:\\",a\n', [{"question": "C:\\", "answer": "a"}]),
     ("newline.csv", 'question,answer\n"one\ntwo",a\n', [{"question": "one\ntwo", "answer": "a"}]),
     ("one_column.csv", "text\nla la\nlo, lo\n".replace("lo, lo", '"lo, lo"'), [{"text": "la la"}, {"text": "lo, lo"}]),
@@ -290,6 +297,10 @@ def test_parquet(tmp_path):
     parquet.write_table(Table.from_pylist(rows), tmp_path / "a.parquet")
     found = list(read_records(tmp_path / "a.parquet"))
     assert [record for _, record in found] == rows and found[-1][0] == "a.parquet, row 6000"
+    (tmp_path / "label=b").mkdir()
+    parquet.write_table(Table.from_pylist(ROWS), tmp_path / "label=b" / "a.parquet")
+    assert [record for _, record in read_records(tmp_path / "label=b" / "a.parquet")] == [
+        {"label": "b", **row} for row in ROWS]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no parquet")
     with pytest.raises(UserError, match="a.parquet, after row 0: .*; write it again, with plain columns"):
         list(read_records(tmp_path / "a.parquet"))
@@ -398,12 +409,6 @@ def test_several_files_directories_and_patterns(tmp_path, monkeypatch, capsys):
     assert found("a.jsonl,b.csv") == ["a.jsonl", "b.csv"] and found("b.csv,a.jsonl,b.csv") == ["b.csv", "a.jsonl"]
     assert found("in") == ["in/c.txt", "in/deep/d.txt"] and found("e, f.jsonl") == ["e, f.jsonl"]
     assert capsys.readouterr().out == "in: not read: notes.pdf\n"
-    for name in "split/train.jsonl", "split/Test-1.jsonl", "split/valuable.jsonl":
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(LINES)
-    assert len(found("split")) == 3
-    assert capsys.readouterr().out == (
-        "split: Test-1.jsonl is trained on, too; --test_input and --val_input hold out files\n")
     assert found("a.jsonl, b.csv,") == ["a.jsonl", "b.csv"]
     assert found("*.jsonl") == ["a.jsonl", "e, f.jsonl"] and found("in/**/*.txt") == ["in/c.txt", "in/deep/d.txt"]
     for names, message in (("no.jsonl", "'no.jsonl' is not there; give a file"), ("a.jsonl,no.csv", "'no.csv' is not"),
@@ -435,6 +440,14 @@ def test_own_files_for_validation_and_test(tmp_path, capsys):
     assert [json.loads(line) for line in (tmp_path / "d" / "test.jsonl").read_text().splitlines()] == questions(5, 29)
     lines = capsys.readouterr().out.splitlines()
     assert "2 prompts of val stand in training too" in lines and "1 prompts of test stand in training too" in lines
+    for name, start in (("train", 0), ("Test-1", 30), ("valuable", 60)):  # a directory, and what of it is held out
+        (tmp_path / "split").mkdir(exist_ok=True)
+        write_lines(tmp_path / "split" / f"{name}.jsonl", questions(20, start))
+    prepared(tmp_path, input=str(tmp_path / "split"))
+    assert "Test-1.jsonl is trained on, too; --test_input and --val_input hold out" in capsys.readouterr().out
+    meta = prepared(tmp_path, input=str(tmp_path / "split"), test_input=str(tmp_path / "split" / "Test-1.jsonl"))
+    assert meta["test"]["examples"] == 20 and meta["train"]["examples"] + meta["val"]["examples"] == 40
+    assert "Test-1.jsonl" not in capsys.readouterr().out
     meta = prepared(tmp_path, input=str(tmp_path / "a.jsonl"), val_input=str(tmp_path / "v.jsonl"), test_fraction=0.3)
     assert meta["val"]["examples"] == 10 and 25 > meta["train"]["examples"] == 30 - meta["test"]["examples"]
 
@@ -446,9 +459,13 @@ def test_fields_that_are_not_used_are_named_once_and_a_label_is_explained(tmp_pa
     assert "not used: label (12 records), id (12 records)" in lines
     hint, = (line for line in lines if line.startswith("to classify by"))
     assert hint == r'to classify by label, add --prompt_format="{text}\nlabel:" --response_format=" {label}"'
-    write_lines(tmp_path / "b.jsonl", [{"Text": f"t{i}", "Class": i % 3} for i in range(12)])
+    write_lines(tmp_path / "b.jsonl", [{"Text": f"t{i}", "dc:It's": i % 3 / 2, "a$b": 1 + i % 2} for i in range(12)])
     prepared(tmp_path, input=str(tmp_path / "b.jsonl"))
-    assert r'add --prompt_format="{Text}\nClass:" --response_format=" {Class}"' in capsys.readouterr().out
+    hint, = (line for line in capsys.readouterr().out.splitlines() if line.startswith("to classify by"))
+    assert hint.endswith("""add --prompt_format="{Text}\\ndc:It's:" --response_format=" {dc:It's}\"""")
+    flags = dict(word[2:].split("=", 1) for word in shlex.split(hint.split(" add ")[1]) if word.startswith("--"))
+    prepared(tmp_path, input=str(tmp_path / "b.jsonl"), show=9, **flags)
+    assert "dc:It's:>>> 0.5<" in capsys.readouterr().out
     prepared(tmp_path, input=str(tmp_path / "a.jsonl"), prompt_format=r"{text}\nlabel:", response_format=" {label}")
     assert "not used: id (12 records)" in capsys.readouterr().out.splitlines()
 
