@@ -159,7 +159,7 @@ def varlen_attention(q, k, v, cu_seqlens, longest):
 
 def has_varlen_attention(weight, head_dim):
     """Whether `varlen_attention` can be used: 16 bits, on an NVIDIA GPU from Ampere on."""
-    return (weight.device.type == "cuda" and weight.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256
+    return (weight.device.type == "cuda" and weight.dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 192
             and torch.backends.cuda.is_flash_attention_available()
             and torch.cuda.get_device_capability(weight.device) >= (8, 0))
 

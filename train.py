@@ -22,7 +22,7 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, has_varlen_attention
 from nanosft import pictures, report
 from nanosft.checkpoint import RESULTS, claimed, clear, load_checkpoint, save_checkpoint, undamaged
 from nanosft.console import UserError, status
@@ -202,7 +202,8 @@ def build_model(config, meta, checkpoint, dtype):
     if checkpoint and not config.lora_rank:
         return GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["base"]
     init_from = config.init_from or meta["model"] or ("gpt2" if meta["encoding"] == "gpt2" else "scratch")
-    base = {"name": init_from}
+    is_path = init_from != "scratch" and Path(init_from).exists()
+    base = {"name": str(Path(init_from).resolve()) if is_path else init_from}  # a run may go on from elsewhere
     if init_from == "scratch":
         if config.lora_rank:
             raise UserError("--lora_rank needs weights to adapt: name them with --init_from")
@@ -309,9 +310,9 @@ def gradients(run, indices, supervised):
             torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)  # for dropout
             return accumulate(model, run.state.optimizer, batches, supervised)
         except torch.OutOfMemoryError:
+            before, longest = run.max_tokens, data.lengths[indices].max()
             run.max_tokens //= 2
-            longest = data.lengths[indices].max()
-            if run.max_tokens < longest:
+            if before <= longest:
                 raise UserError(f"one example of {longest} tokens does not fit into the memory of "
                                 f"{model.wte.weight.device}: try --gradient_checkpointing or a smaller model") from None
             status("")
@@ -415,7 +416,8 @@ def set_up(config, device):
                                      weight_decay=config.weight_decay, low_memory=config.low_memory))
     steps = planned_steps(config, len(data), base["name"] == "scratch")
     is_long = steps >= 500 and not 0 < config.max_minutes < 5
-    compiles = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and is_long)
+    in_one_graph = has_varlen_attention(model.wte.weight, model.config.head_dim) and not config.dropout
+    compiles = config.compile == "on" or (config.compile == "auto" and in_one_graph and is_long)
     if values:
         with undamaged(Path(config.out_dir) / "ckpt.pt"):
             vars(state).update(values["state"])

@@ -134,12 +134,15 @@ def test_a_base_in_16_bits_stays_as_it_is_and_the_adapter_alone_is_saved(base, l
     assert read_json(best / "prompt.json")["base_name"] == str(base)
 
 
-def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base, tmp_path):
-    fit()
+def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    fit(init_from=base.name)
+    monkeypatch.chdir(tmp_path)  # from anywhere
+    assert fit(resume=True, max_steps=7).step == 7
     shutil.copytree(base, tmp_path / "moved")  # the same base by another name
-    assert fit(resume=True, init_from=str(tmp_path / "moved"), max_steps=7).step == 7
+    assert fit(resume=True, init_from=str(tmp_path / "moved"), max_steps=8).step == 8
     tiny(block_size=128, seed=8).save_pretrained(tmp_path / "moved")
     with pytest.raises(UserError, match="this adapter was not begun on .*; name its base with --init_from"):
-        fit(resume=True, max_steps=8)
+        fit(resume=True, max_steps=9)
     with pytest.raises(UserError, match="was trained on other weights than"):
         sample.main(SampleConfig(model=str(tmp_path / "out"), prompt="x", device="cpu"))

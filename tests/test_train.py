@@ -229,6 +229,17 @@ def test_only_training_runs_compiled_and_where_that_fails_all_runs_eager(fit, mo
         assert "torch.compile does not work here (IndexError); going on without it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flags, varlen, expected", [
+    (dict(max_steps=500), True, True), (dict(max_steps=499), True, False), (dict(max_steps=500), False, False),
+    (dict(max_steps=500, dropout=0.1), True, False), (dict(max_steps=500, max_minutes=4.9), True, False),
+    (dict(max_steps=500, max_minutes=5), True, True), (dict(max_steps=1, compile="on"), False, True),
+    (dict(max_steps=500, compile="off"), True, False)])
+def test_long_runs_are_compiled_where_one_graph_takes_all_shapes(flags, varlen, expected, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "has_varlen_attention", lambda *_: varlen)
+    config = TrainConfig(data_dir=str(data), out_dir=str(tmp_path / "out"), device="cpu", **flags)
+    assert train.set_up(config, torch.device("cpu")).compiles == expected
+
+
 def test_on_a_cpu_nothing_imports_the_compiler(data, tmp_path):
     """It takes longer than torch itself."""
     tiny(block_size=128).save_pretrained(tmp_path / "base")
@@ -239,7 +250,7 @@ def test_on_a_cpu_nothing_imports_the_compiler(data, tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "False"
 
 
-def test_what_does_not_fit_into_memory_is_halved_until_it_does(fit, tmp_path, monkeypatch, capsys):
+def test_what_does_not_fit_into_memory_is_halved_until_it_does(data, fit, tmp_path, monkeypatch, capsys):
     """Nothing is left of the attempt: the run equals one that began with half the tokens. A later step may be halved,
     too; and where the first one never fits, a run that was there stays."""
     flags, real, calls = dict(batch_size=8, eval_interval=0), train.accumulate, []
@@ -258,6 +269,9 @@ def test_what_does_not_fit_into_memory_is_halved_until_it_does(fit, tmp_path, mo
         assert all(calls[0]) and len(calls) == 6 + len(failing)
         assert same_weights(tmp_path / "straight", tmp_path / "out") == (failing == [1])
         assert capsys.readouterr().out.count("out of memory: going on with --micro_batch_tokens=400") == 1
+    failing, longest = [1], int(Shards(data, load_meta(data), "train").lengths.max())
+    calls.clear()
+    fit(micro_batch_tokens=longest * 3 // 2, overwrite=True, **flags)  # that one example fits is still unknown
     failing = range(1000)
     with pytest.raises(UserError, match="one example of .* does not fit .* try --gradient_checkpointing"):
         fit("straight", overwrite=True)
