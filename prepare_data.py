@@ -25,7 +25,7 @@ from itertools import chain, groupby, islice
 from pathlib import Path
 
 from nanosft import templates
-from nanosft.chat_template import ROLES, read_chat_template
+from nanosft.chat_template import read_chat_template
 from nanosft.console import UserError, status
 from nanosft.files import sha256_of
 from nanosft.flags import check, run
@@ -72,7 +72,7 @@ class PrepareConfig:
             problems.append("--response_format: needed with --prompt_format")
         if self.response_format and not NAME.search(self.response_format):
             problems.append(f"--response_format: {self.response_format!r} names no column, as {{label}} does")
-        if self.prompt_format and self.template in ("alpaca", "chat", "text"):
+        if self.prompt_format and self.template in ("alpaca", "text"):
             problems.append(f"--template: {self.template} leaves no place for --prompt_format; leave one of them out")
         if self.block_size == 1:
             problems.append("--block_size: 1 is below 2")
@@ -222,12 +222,6 @@ def answered_part(messages):
     return messages[:stop]
 
 
-def as_turns(messages):
-    """A prompt and its answer as a question and its answer, for a template that was named; others as they are."""
-    return [message._replace(role=ROLES[message.role], fields={"content": next(iter(message.fields.values()))})
-            if message.role in ROLES else message for message in messages]
-
-
 def encode_records(records, split, spec, config, encoding, report, prompts, kinds):
     """Yields (split, record, messages, examples) for each located record that stays. `kinds` keeps the first one's
     kind, which all must have; `prompts` the hashes of those in training, where other splits have their own files."""
@@ -239,7 +233,7 @@ def encode_records(records, split, spec, config, encoding, report, prompts, kind
         try:
             messages, rest = to_messages(record, spec)
             if config.template in ("alpaca", "chat") and not spec["response_format"]:
-                messages = as_turns(messages)
+                messages = templates.as_turns(messages)
             kept = answered_part(messages)
             kind = kept[0].role if kept[0].role in ("text", "prompt") else "conversation"
             if kind != kinds.setdefault("first", kind):

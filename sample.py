@@ -403,7 +403,7 @@ def export(loaded, directory, gguf_type):
         write_json(directory / "prompt.json", {name: loaded.spec[name] for name in sorted(kept)})
     templates.copy_tokenizer(loaded.directory, directory, loaded.spec)
     wording = loaded.spec["prompt_format"]
-    if loaded.spec["template"] == "model" and wording and not NAME.fullmatch(wording):
+    if loaded.spec["template"] in ("chat", "model") and wording and not NAME.fullmatch(wording):
         print(f"its chat template does not word questions: give each as in {wording!r}")
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 

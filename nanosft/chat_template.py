@@ -19,7 +19,6 @@ MARK = "pLace\n\n holder's <é> & \"{"  # a template that changes contents is li
 PLACEHOLDER = f"{PAD}?{re.escape(MARK)}[0-9]+;{PAD}?"
 STRIP = {(True, True): str, (False, True): str.lstrip, (True, False): str.rstrip, (False, False): str.strip}
 UNFIT, REMEDY = "the chat template does not fit", "prepare with --template=chat"
-ROLES = {"prompt": "user", "completion": "assistant"}  # a pair of texts is a question and its answer
 
 
 class Special(str):
@@ -42,7 +41,7 @@ def render_chat_template(messages, spec):
     """The segments, (text or Special, supervised), of messages. Those that end with an answer give a training example;
     others give the prompt for sampling, which is the beginning of that example, token for token: a text ends where a
     prompt does. What follows is supervised, up to the first special token after the answer."""
-    roles = tuple(ROLES.get(message.role, message.role) for message in messages)
+    roles = tuple(message.role for message in messages)
     learned = [True, *(message.learned for role, message in zip(roles, messages, strict=True) if role == "assistant")]
     strips, segments = render_roles(spec["chat_template"], roles, spec["bos_token"], spec["eos_token"],
                                     tuple(spec["special_tokens"]))

@@ -42,29 +42,35 @@ def render(messages, spec):
         return [(begin, False), (first["text"], True), (EOT, True)]
     if roles[0] == "opening":  # the beginning of a text that sample.py goes on with
         return [(begin, False), (first["text"], False)]
-    if roles[0] == "prompt" and spec["template"] != "text":
-        prompt_format = spec["prompt_format"]
-        if not spec["response_format"]:  # a prompt and its answer stay as they are
-            prompt_format = f"{{{next(iter(first))}}}"
+    template, prompt = spec["template"], None
+    if roles[0] == "prompt" and template != "text":
+        prompt_format = spec["prompt_format"] if spec["response_format"] else f"{{{next(iter(first))}}}"
         prompt = fill(prompt_format, first, "prompt_format")
-        if spec["template"] == "model":
-            return render_chat_template([Message("user", {"content": prompt}), *messages[1:]], spec)
-        segments = [(prompt or EOT, False)]  # something must stand first
-    elif spec["template"] == "model":
+        messages = as_turns([Message("prompt", {"content": prompt}), *messages[1:]])
+    if template == "model":
         return render_chat_template(messages, spec)
-    elif spec["template"] == "alpaca":
+    if template == "chat":
+        return render_chat(messages)
+    if prompt is not None:  # a prompt and its answer stay as they are
+        segments = [(prompt or EOT, False)]  # something must stand first
+    elif template == "alpaca":
         if roles not in (["user"], ["user", "assistant"]):
             raise Unusable("the alpaca template holds one question and one answer",
                            f"not {' + '.join(roles)}; prepare_data.py --template=chat holds conversations")
         segments = [(alpaca_prompt(first["content"], first.get("input", "")), False)]
-    elif spec["template"] == "chat":
-        return render_chat(messages)
     else:
         raise Unusable("--template=text holds records with 'text', or --response_format", f"not {' + '.join(roles)}")
     if len(messages) > 1:
         answer, = messages[1].fields.values()
         segments += [(answer, messages[1].learned), (EOT, messages[1].learned)]
     return [(begin, False), *segments] if spec.get("starts_with_bos") else segments
+
+
+def as_turns(messages):
+    """A prompt and its answer as a question and its answer; others as they are."""
+    roles = {"prompt": "user", "completion": "assistant"}
+    return [message._replace(role=roles[message.role], fields={"content": next(iter(message.fields.values()))})
+            if message.role in roles else message for message in messages]
 
 
 def render_chat(messages):
@@ -154,7 +160,7 @@ def bring_tokenizer(spec, encoding, directory):
 
 def title_of(spec):
     """What people call the wording of this spec."""
-    own = spec["response_format"] and spec["template"] != "model"
+    own = spec["response_format"] and spec["template"] not in ("chat", "model")
     return "your formats" if own else f"{spec['template'] or 'no'} template"
 
 
@@ -207,12 +213,12 @@ def copy_tokenizer(source, target, spec):
 def chat_template(spec):
     """The spec as a Jinja template for transformers, which refuses a conversation that the spec cannot hold. None where
     it is no conversation: plain text, or several columns."""
+    if spec["template"] == "chat":
+        return ("{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"
+                "{{ eos_token }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
     columns = set(NAME.findall(spec["prompt_format"]))
     if spec["template"] in ("", "text") or len(columns) > 1 or (spec["response_format"] and not columns):
         return None
-    if not columns and spec["template"] == "chat":
-        return ("{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"
-                "{{ eos_token }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
     mark = "\0"
     wording = alpaca_prompt(mark, "")
     if columns:

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from nanosft.chat_template import Special, read_chat_template, render_chat_template, render_roles
 from nanosft.console import UserError
 from nanosft.records import Message
-from nanosft.templates import render_answer
+from nanosft.templates import render, render_answer
 
 
 def stop_of(spec):
@@ -247,7 +247,8 @@ def test_where_the_prompt_has_no_header_of_an_answer_it_is_learnt():
 
 def test_a_pair_of_texts_is_a_question_and_its_answer():
     pair = [Message("prompt", {"title": "A", "abstract": "B"}), Message("completion", {"text": "C"})]
-    assert render_chat_template(pair, chatml()) == render_chat_template(
+    formats = {"template": "model", "prompt_format": "{title}\n\n{abstract}", "response_format": "{kind}"}
+    assert render(pair, {**chatml(), **formats}) == render_chat_template(
         [Message("user", {"content": "A\n\nB"}), Message("assistant", {"content": "C"})], chatml())
 
 

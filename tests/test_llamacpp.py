@@ -88,6 +88,8 @@ MODELFILES = {
     "alpaca": ({}, "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"),
     "chat": (dict(template="chat"), "{{ if .System }}<|endoftext|>system\n{{ .System }}" + TURN + "{{ else }}" + TURN
              + "{{ end }}{{ .Response }}"),
+    "chat by a format": (dict(template="chat", prompt_format="Q: {q}", response_format="{a}"),
+                         f'"""{TURN.replace("{{", "Q: {{", 1)}{{{{ .Response }}}}'),
     "text": (dict(template="text"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
     "text by a format": (dict(template="text", response_format="{a}"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
     "two columns": (dict(prompt_format="{q}|{r}", response_format="{a}"), '"""{{ .Prompt }}{{ .Response }}'),

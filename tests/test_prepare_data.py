@@ -138,12 +138,14 @@ def test_the_exported_chat_template_is_ours_and_refuses_what_it_cannot_hold():
 
     assert jinja(spec("chat"), CONVERSATION) == own({"messages": CONVERSATION}, spec("chat"))
     assert jinja(spec("chat"), CONVERSATION[:-1], True) == own({"messages": CONVERSATION}, spec("chat"), -1)
+    worded = {"role": "user", "content": "q is é"}, {"role": "assistant", "content": "b"}  # by hand, as the export says
+    assert jinja(spec("chat", "q is {q}", "{a}"), worded) == own({"q": "é", "a": "b"}, spec("chat", "q is {q}", "{a}"))
     question, bos = 'é🙂 "a"\\n', {**spec(), "bos_token": "⏵", "starts_with_bos": True}
     one = [{"role": "user", "content": question}, {"role": "assistant", "content": "b"}]
     for record, wording in (({"instruction": question, "output": "b"}, spec()),
                             ({"prompt": question, "completion": "b"}, spec()),
                             ({"instruction": question, "output": "b"}, bos),
-                            ({"q": question, "a": "b"}, spec("chat", '{q} "\n\\ 🙂 {q}:', "{a}"))):
+                            ({"q": question, "a": "b"}, spec("alpaca", '{q} "\n\\ 🙂 {q}:', "{a}"))):
         wording = as_rendered(to_messages(record, wording)[0], wording)
         assert jinja(wording, one) == own(record, wording) and jinja(wording, one[:1]) == own(record, wording, -1)
         for messages in ([], CONVERSATION[:2], CONVERSATION[1:4], CONVERSATION[1:], one[::-1], [one[0], one[0]]):

@@ -512,6 +512,18 @@ def test_messages_are_chats_and_pairs_follow_a_template_that_is_named(tmp_path):
         assert (meta["prompt"]["template"], meta["prompt"]["response_format"]) == (template, "")
 
 
+def test_formats_under_a_chat_template_are_its_turns(tmp_path):
+    write_lines(tmp_path / "a.jsonl", [{"title": "a", "by": "b", "kind": "c"}])
+    write_lines(tmp_path / "b.jsonl", [{"messages": turns(("user", "a, by b"), ("assistant", "c!"))}])
+    formats = dict(prompt_format="{title}, by {by}", response_format="{kind}!", template="chat")
+    for name, flags in (("a", formats), ("b", {})):
+        meta = prepared(tmp_path, input=str(tmp_path / f"{name}.jsonl"), out_dir=str(tmp_path / name), val_fraction=0,
+                        test_fraction=0, **flags)
+        assert meta["prompt"]["template"] == "chat"
+    a, b = ((tmp_path / name / "train_00000.npy").read_bytes() for name in "ab")
+    assert a == b
+
+
 def test_an_unusable_record_says_why():
     with pytest.raises(Unusable, match="an unknown role: 'tool' is none of system, user, assistant") as caught:
         to_messages({"messages": turns(("tool", "x"))}, PLAIN)
