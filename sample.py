@@ -402,8 +402,8 @@ def export(loaded, directory, gguf_type):
         kept = loaded.spec.keys() & {"template", "prompt_format", "response_format", "turns", "encoding"}
         write_json(directory / "prompt.json", {name: loaded.spec[name] for name in sorted(kept)})
     templates.copy_tokenizer(loaded.directory, directory, loaded.spec)
-    wording = loaded.spec["prompt_format"]
-    if loaded.spec["template"] in ("chat", "model") and wording and not NAME.fullmatch(wording):
+    wording, has_tokenizer = loaded.spec["prompt_format"], (directory / "tokenizer.json").is_file()
+    if has_tokenizer and loaded.spec["template"] in ("chat", "model") and wording and not NAME.fullmatch(wording):
         print(f"its chat template does not word questions: give each as in {wording!r}")
     print(f"wrote {directory}: {', '.join(sorted(path.name for path in directory.iterdir()))}")
 

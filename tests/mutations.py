@@ -152,7 +152,8 @@ MUTATIONS = {
     "answers cut by another's prompt": ('''model.generate(prompts, limit, stop''', '''model.generate(prompts, min(limit, model.config.block_size - max(map(len, prompts))), stop'''),
     "a label scored past the context": ('''prompt[longest - self.config.block_size - 1:]''', '''prompt[:]'''),
     "the star on the lowest loss alone": ('''-point[2] if best_by != "loss" else 0''', '''0'''),
-    "a pair as a text": ('''if roles[0] == "prompt" and spec["template"] != "text":''', '''if roles[0] == "prompt":'''),
+    "a pair as a text": ('''if roles[0] == "prompt" and template != "text":''', '''if roles[0] == "prompt":'''),
+    "formats before a chat's turns": ('''    if template == "chat":\n''', '''    if template == "chat" and prompt is None:\n'''),
     "a bare model without its beginning": ('''[(begin, False), *segments] if spec.get("starts_with_bos") else''', ''''''),
     "no wording in Ollama's prompt": ('''elif spec["response_format"] or not spec["template"]:''', '''elif not spec["template"]:'''),
     "a bug hidden from its owner": ('''except (UserError, OSError) as error:''', '''except Exception as error:'''),
@@ -166,7 +167,7 @@ TESTS = {"prepare_data.py": ["sources", "prepare_data"], "model.py": ["model", "
          "report.py": ["train"], "pace.py": ["train"], "pictures.py": ["train"],
          "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
          "hub.py": ["weights"], "tokenizer.py": ["tokenizer"], "chat_template.py": ["chat_template"],
-         "templates.py": ["prepare_data", "sample"], "weights.py": ["weights", "model", "lora"]}
+         "templates.py": ["prepare_data", "sources", "sample"], "weights.py": ["weights", "model", "lora"]}
 
 
 def where(name):
