@@ -26,14 +26,17 @@ def pick_device(name):
 def pick_dtype(name, device):
     """The dtype to compute in: as named, or for "auto" bfloat16 where the hardware multiplies it natively, else float16
     on older CUDA and float32. Several processes agree on the widest."""
-    if name != "auto":
-        return getattr(torch, name)
     dtypes, choice = (torch.bfloat16, torch.float16, torch.float32), 2
     if device.type == "cuda":
         choice = 0 if torch.cuda.get_device_capability(device) >= (8, 0) else 1
     elif device.type == "cpu":
         able = torch.cpu.get_capabilities()
-        choice = 0 if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16")) else 2
+        choice = 0 if any(able.get(feature) for feature in ("avx512_bf16", "amx_bf16", "sve_bf16")) else 2
+        if name in ("bfloat16", "float16") and choice == 2:
+            print(f"warning: this CPU has no instructions for {name}, and may take a hundred times as long as in "
+                  "float32: leave out --dtype")
+    if name != "auto":
+        return getattr(torch, name)
     return dtypes[int(all_reduce(choice, how="MAX"))]
 
 

@@ -26,6 +26,7 @@ from model import GPT, IGNORE_INDEX
 from nanosft import flags as flags_module
 from nanosft import pictures, report
 from nanosft.console import UserError
+from nanosft.device import pick_dtype
 from nanosft.files import crc32_of_json
 from nanosft.flags import ELSEWHERE, parse_config
 from nanosft.optimizer import AdamW
@@ -227,6 +228,17 @@ def test_only_training_runs_compiled_and_where_that_fails_all_runs_eager(fit, mo
         monkeypatch.setattr(torch.nn.Module, "compile", compiler)
         assert fit(name, compile="on", dropout=0.1).val_loss == eager.val_loss
         assert "torch.compile does not work here (IndexError); going on without it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("feature, expected", [
+    ("avx512_bf16", torch.bfloat16), ("amx_bf16", torch.bfloat16), ("sve_bf16", torch.bfloat16),
+    ("avx512_f", torch.float32)])
+def test_a_cpu_computes_in_bfloat16_where_it_has_the_instructions(feature, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, feature: True})
+    assert pick_dtype("auto", torch.device("cpu")) == expected
+    assert pick_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+    is_slow = "no instructions for bfloat16" in capsys.readouterr().out
+    assert is_slow == (expected == torch.float32)
 
 
 @pytest.mark.parametrize("flags, varlen, expected", [
