@@ -46,7 +46,7 @@ class PrepareConfig:
     input: str = ""  # .json .jsonl .csv .tsv .txt, also .gz; .parquet; a directory; hf:owner/name; several with commas
     val_input: str = ""  # records to watch the loss on; '' = a share of the input
     test_input: str = ""  # records for test.jsonl; '' = a share of the input
-    text_encoding: str = ""  # of the files, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
+    text_encoding: str = ""  # of the files that are not UTF-8, say cp1252; UTF-16 is seen where it is
     separator: str = SEPARATOR  # what stands on a line of its own between two documents of a .txt file
     strict: bool = False  # end at the first record that cannot be used; else they are dropped and counted
     out_dir: str = ""  # where the shards go; '' = data/NAME-OF-INPUT
@@ -121,8 +121,12 @@ class Report:
         """What is to be said about them, a line each."""
         lines = []
         if 2 <= len(self.answers) <= 50 and 3 * len(self.answers) <= self.answers.total():
-            names = ", ".join(f"{answer.strip()} ({count:,})" for answer, count in self.answers.most_common())
-            lines.append(f"{len(self.answers)} different answers: {names}")
+            answers = Counter()
+            for answer, count in self.answers.items():
+                answers[answer.strip()] += count
+            names = ", ".join(f"{answer} ({count:,})" for answer, count in answers.most_common())
+            spaced = ", some with more white space" if len(answers) < len(self.answers) else ""
+            lines.append(f"{len(answers)} different answers{spaced}: {names}")
         lines += [f"{count:,} dropped: {reason} (first: {first})" for reason, (count, first) in self.dropped.items()]
         if self.cut:
             lines.append(f"{self.cut:,} cut: turns at the end that nobody answered")
@@ -250,7 +254,7 @@ def encode_records(records, split, spec, config, encoding, report, prompts, kind
             continue
         share, digest = templates.fingerprints(segments, config.seed)
         if digest in seen:
-            report.drop("exact duplicates", location)
+            report.drop("same prompt and answer as before", location)
             continue
         seen.add(digest)
         if len(report.answers) <= 50 and kept[-1].role == "completion":
@@ -380,7 +384,8 @@ def main(config):
     full_spec = templates.bring_tokenizer(spec, encoding, directory)
     are_texts = all(kind_of(path) == "text" for path in paths)
     if are_texts and (config.response_format or config.template not in ("", "text")):
-        raise UserError("--template and --response_format: a .txt file is plain text; leave them out")
+        raise UserError("--template, --response_format: a .txt file is plain text; leave them out, or name a table "
+                        ".csv or .tsv")
     if are_texts and len(head) == 1:
         if "separator" in config.given:
             raise UserError(f"--separator: {config.separator!r} parts no documents in {paths[0].name}; leave it out")

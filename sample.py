@@ -26,10 +26,11 @@ from nanosft.device import keep_freed_memory, pick_device, pick_dtype
 from nanosft.files import atomic_file, read_json, sha256_of, write_json
 from nanosft.flags import check, run
 from nanosft.hub import base_of, locate, weight_files
-from nanosft.records import NAME, Message, take, text_of, to_messages
+from nanosft.records import NAME, Message, columns_of, take, text_of, to_messages, whole
 from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
 from nanosft.sources import UNREADABLE, open_text, paths_of, read_records
+from nanosft.tokenizer import has_other_vocabulary
 from nanosft.weights import PADDING
 
 
@@ -45,9 +46,9 @@ class SampleConfig:
     system: str = ""  # system prompt, for a template that has one
     answer: str = ""  # a half-written answer to go on with
     file: str = ""  # records to answer (as prepare_data.py reads them) and, where they hold an answer, to score
-    text_encoding: str = ""  # of these files, say cp1252; '' = UTF-8, or UTF-16 where it is seen to be
-    labels: str = ""  # for classification: the classes, with commas; '' = the file's answers, where they are few
-    output: str = "answers.jsonl"  # where --file writes its records, each with its response
+    text_encoding: str = ""  # of those files that are not UTF-8, say cp1252; UTF-16 is seen where it is
+    labels: str = ""  # for classification: classes, with commas ("a, b" is one); '' = its answers, where they are few
+    output: str = "answers.jsonl"  # where --file writes its records as JSON lines, each with its response
     export: str = ""  # write the model, LoRA merged: a directory for transformers, or a file.gguf for llama.cpp, Ollama
     gguf_type: str = "f16"  # of matrices in a .gguf: f16 | f32 | bf16 | q8_0
     # how
@@ -72,10 +73,16 @@ class SampleConfig:
             problems.append(f"--top_p: {self.top_p} is not in (0, 1]")
         if not 0.01 <= self.repetition_penalty <= 100:
             problems.append(f"--repetition_penalty: {self.repetition_penalty} is not in [0.01, 100]; 1 changes nothing")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            problems.append("--temperature: at 0 the likeliest token is taken; give 1 with --top_k or --top_p")
-        if self.file and (self.answer or self.num_samples > 1):
-            problems.append("--file: gets one whole answer a record; leave out --answer and --num_samples")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.num_samples > 1):
+            problems.append("--temperature: at 0 the likeliest token is taken; give 1 with --top_k, --top_p or "
+                            "--num_samples")
+        if self.file and (self.prompt or self.prompt_file or self.input or self.answer or self.num_samples > 1):
+            problems.append("--file: gets one whole answer a record; leave out --prompt, --prompt_file, --input, "
+                            "--answer and --num_samples")
+        if self.prompt and self.prompt_file:
+            problems.append("--prompt_file: holds the prompt; leave out --prompt")
+        if self.labels and not self.file:
+            problems.append("--labels: for the records of --file; give that")
         if self.export and len(names_of(str(self.model))) > 1:
             problems.append("--export: writes one model; name one with --model")
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
@@ -126,6 +133,8 @@ def stored_spec(path):
     for name in ("template", "prompt_format", "response_format", "encoding"):
         if not isinstance(spec.get(name), str):
             raise UserError(f"{stored}: {name} is {spec.get(name)!r}, no text; remove it and give --data_dir")
+    if spec["template"] not in ("", "alpaca", "chat", "text", "model"):
+        raise UserError(f"{stored}: no template is called {spec['template']!r}; remove it and give --data_dir")
     return spec
 
 
@@ -179,10 +188,15 @@ def load(config):
             raise UserError(f"--model={name} has no tokenizer.json; put the model's into {directory}")
         spec = templates.bring_tokenizer(spec, encoding, directory)
         # one in borrowed words that has far more tokens has others
-        if not 0 <= model.config.vocab_size - encoding.n_vocab < (PADDING if is_borrowed else math.inf):
+        is_foreign = is_borrowed or bool(config.data_dir)
+        if not 0 <= model.config.vocab_size - encoding.n_vocab < (PADDING if is_foreign else math.inf):
             remedy = "ask it alone" if is_borrowed else f"put the model's tokenizer.json into {directory}"
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or {remedy}")
+        vocabulary = directory if encoding.name == "tokenizer.json" else ""
+        if path.parent != vocabulary and has_other_vocabulary(path.parent, vocabulary):
+            raise UserError(f"--model={name} has a vocabulary of its own, not that of {directory}: ask it alone, with "
+                            "its tokenizer.json beside its weights")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
         if config.system and not models[-1].is_chat():
             raise UserError(f"--system: {name} ({templates.title_of(spec)}) was trained without one; leave it out")
@@ -193,12 +207,13 @@ def load(config):
 
 def prompt_messages(text, config, spec):
     """What a person types, as the messages of a record that lacks its answer."""
-    columns = NAME.findall(spec["prompt_format"])
+    columns = columns_of(spec["prompt_format"])
     if len(columns) < 2:
-        system = [Message("system", {"content": config.system})] if config.system else []
-        return [*system, Message("user", {"content": text, "input": config.input})]
+        system = [Message("system", {"content": whole(config.system, "--system")})] if config.system else []
+        fields = {"content": whole(text, "--prompt"), "input": whole(config.input, "--input")}
+        return [*system, Message("user", fields)]
     try:
-        return to_messages(json.loads(text), spec, answered=False)[0]
+        return to_messages(json.loads(text), spec, answered=False)[0][:1]
     except (ValueError, RecursionError):
         example = ", ".join(f'"{name}": "..."' for name in columns)
         raise UserError(f"--prompt: this model reads the columns {', '.join(columns)}; give a JSON object, "
@@ -211,7 +226,7 @@ def stream(loaded, prompt, config, opening=""):
         print(f"{loaded.name}: ", end="")
     ids, text, shown, ended = [], "", 0, False
     if config.answer:  # half an answer, to go on with
-        *before, (half, _), _ = templates.render_answer(config.answer, loaded.spec)
+        *before, (half, _), _ = templates.render_answer(whole(config.answer, "--answer"), loaded.spec)
         half = half.removesuffix(templates.around_answer(loaded.spec)[1])
         prompt = prompt + templates.encode([*before, (half, True)], loaded.encoding)[0]
     print(opening + config.answer, end="", flush=True)
@@ -230,6 +245,8 @@ def stream(loaded, prompt, config, opening=""):
     print(text[shown:], flush=True)
     if not ended and len(ids) < config.max_new_tokens:
         print(f"(cut: the context of {loaded.model.config.block_size:,} tokens is full)")
+    elif not ended and "max_new_tokens" not in config.given:
+        print(f"(cut after {config.max_new_tokens} tokens: --max_new_tokens)")
     return config.answer + text
 
 
@@ -259,6 +276,9 @@ def chat(models, config):
     for loaded in models:
         context = loaded.model.config.block_size
         print(f"{loaded.name}: {templates.title_of(loaded.spec)}, a context of {context:,} tokens")
+        columns = columns_of(loaded.spec["prompt_format"])
+        if len(columns) > 1:
+            print(f"It reads JSON objects with the columns {', '.join(columns)}.")
     print(f"Type a prompt{alone}; Ctrl-D (Windows: Ctrl-Z) ends the chat.", flush=True)
     turns = [[] for _ in models]
     while True:
@@ -279,7 +299,7 @@ def chat(models, config):
 
 def as_trained(messages, spec):
     """Messages that ask for an answer, in the words that the model was trained on."""
-    columns, asked = NAME.findall(spec["prompt_format"]), messages[-1]
+    columns, asked = columns_of(spec["prompt_format"]), messages[-1]
     text = "\n\n".join(filter(None, map(str, asked.fields.values())))
     if spec["template"] in ("alpaca", "chat", "model") and not spec["response_format"]:
         return [*messages[:-1], Message("user", {"content": text})] if asked.role == "prompt" else messages
@@ -353,8 +373,8 @@ def put(records, key, values):
 
 def answer_file(models, config):
     """Answers every record with every model, writes the records with their responses, and scores them."""
-    if Path(config.output).is_dir():
-        raise UserError(f"--output={config.output} is a directory; name a file")
+    if Path(config.output).exists() and not Path(config.output).is_file():  # a directory, /dev/null
+        raise UserError(f"--output={config.output} is no plain file; name a file")
     paths = paths_of("file", config.file)
     if Path(config.output).resolve() in [path.resolve() for path in paths]:
         raise UserError(f"--output={config.output} is a file to read; name another")
@@ -423,6 +443,8 @@ def main(config):
                 prompt = file.read().removesuffix("\n")
         except UNREADABLE as error:
             raise UserError(f"--prompt_file: {error}; save it as UTF-8, or give --text_encoding=cp1252") from None
+        if not prompt:
+            raise UserError(f"--prompt_file={config.prompt_file} is empty; write the prompt there")
     if not prompt and not all(loaded.spec["template"] == "text" for loaded in models):
         return chat(models, config)
     for loaded in models:

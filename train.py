@@ -62,7 +62,7 @@ class TrainConfig:
     max_examples: int = 0  # train on the first N examples alone; 0 = all
     epochs: float = 0  # passes over the data; 0 = as max_steps says, else 2 for fine-tuning, 8 from scratch
     max_steps: int = 0  # stop after this many optimizer steps; 0 = no limit
-    max_minutes: float = 0  # as many steps as this time allows, learning rate at its end; 0 = no limit
+    max_minutes: float = 0  # no more steps than this time allows, learning rate at its end; 0 = no limit
     # optimizer
     learning_rate: float = 0  # peak; 0 = 5e-5 for fine-tuning, 2e-4 for LoRA, 2e-3 from scratch
     min_lr: float = 0  # where the learning rate ends
@@ -275,6 +275,8 @@ def resume(config, out_dir):
             changes.setdefault(name, value)
         elif name in config.given and value not in (before, getattr(saved, name)):
             fixed.append(f"--{name}={value} (it ran with {before})")
+    if saved.lora_rank:
+        changes.setdefault("init_from", values["base"]["name"])  # as it is found from elsewhere
     if fixed:
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
                         f"from its weights with --init_from={out_dir}")
@@ -499,9 +501,9 @@ def evaluate_and_keep_best(run, samples):
         reached, best = (-state.val_loss,), (-state.best_val_loss,)
         if samples.by:
             with evaluating(run.model):
-                right = samples.right(run.model) if rank == 0 else 0
-            state.val_score = all_reduce(right) / len(samples.prompts)
-            heading += f", {samples.by} {state.val_score:.1%}"
+                right = all_reduce(samples.right(run.model) if rank == 0 else 0)
+            state.val_score = right / len(samples.prompts)
+            heading += f", {samples.by} {right:.0f} of {len(samples.prompts)}"
         if config.best_by != "loss":
             reached, best = (state.val_score, *reached), (state.best_val_score, *best)
         better = reached > best and not math.isnan(state.val_loss)

@@ -29,7 +29,10 @@ def read_chat_template(directory):
     """The Jinja source in a model's directory, or None where it has none."""
     path = Path(directory) / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise UserError(f"{path} is no UTF-8 text; download it again") from None
     path = Path(directory) / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):  # several, by name

@@ -24,7 +24,7 @@ def opened(path, mode, **options):
 @contextmanager
 def atomic_file(path):
     """A binary file that takes the place of `path` once it is complete on disk. On an error `path` stays as it was."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with opened(temporary, "wb") as file:

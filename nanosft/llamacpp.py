@@ -2,13 +2,14 @@
 import contextlib
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
 from model import rotary_speeds
 from nanosft.console import UserError
 from nanosft.files import atomic_file, read_json
-from nanosft.records import NAME, Message
+from nanosft.records import Message, columns_of
 from nanosft.templates import EOT, chat_template, render
 from nanosft.tokenizer import DIGITS, GPT2, LLAMA3, QWEN
 from nanosft.weights import family_of, file_name
@@ -64,7 +65,7 @@ def write_gguf(path, loaded, kind):
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    columns = NAME.findall(loaded.spec["prompt_format"])
+    columns = columns_of(loaded.spec["prompt_format"])
     if len(columns) > 1:
         print(f"Ollama asks one question: word the columns of each as in {loaded.spec['prompt_format']!r}")
     with atomic_file(path.parent / "Modelfile") as file:
@@ -115,31 +116,48 @@ def add_tokenizer(writer, gguf, loaded):
 
 # ---- Ollama ---------------------------------------------------------------------------------------------------------
 
+USER, SYSTEM, ANSWER = "\1", "\2", "\3"  # stand for the contents of messages
+LAST = '{{ $last := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $last = .Content }}{{ end }}{{ end }}'
+TURN = '{{{{ if eq .Role "{}" }}}}{{{{ .Content }}}}{}{{{{ end }}}}'
+
+
 def modelfile(name, loaded):
-    """The prompt of training in Ollama's words, with the question at {{ .Prompt }}, and what ends an answer."""
+    """The prompts of training in Ollama's words, and what ends an answer. Ollama puts the whole conversation through
+    such a template. A model that keeps no turns answers the last question by itself, here as in sample.py."""
     stop = loaded.encoding.decode([loaded.stop])
-    wording = go_template(loaded.spec, stop)
+    begin, *rest = go_text(loaded.spec, stop, USER).split(USER)
     if loaded.is_chat():
         with contextlib.suppress(UserError):  # some templates hold no system prompt
-            system = go_template(loaded.spec, stop, Message("system", {"content": "\2"}))
-            wording = f"{{{{ if .System }}}}{system}{{{{ else }}}}{wording}{{{{ end }}}}"
+            system = go_text(loaded.spec, stop, USER, SYSTEM).split(USER)[0].replace(SYSTEM, "{{ .System }}")
+            begin = f"{{{{ if .System }}}}{system}{{{{ else }}}}{begin}{{{{ end }}}}"
+    wording = LAST + "{{ $last }}".join([begin, *rest])
+    if loaded.keeps_turns():
+        with contextlib.suppress(UserError):  # some templates hold one question
+            text = go_text(loaded.spec, stop, USER, earlier=[Message("user", {"content": USER}),
+                                                             Message("assistant", {"content": ANSWER})])
+            _, asked, answered, end = re.split(f"[{USER}{ANSWER}]", text)
+            if end.startswith(asked):  # what comes after it opens the new answer alone
+                turns = TURN.format("user", asked) + TURN.format("assistant", answered)
+                wording = f"{begin}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{end.removeprefix(asked)}"
     return (f"FROM ./{name}\nPARAMETER stop {json.dumps(stop, ensure_ascii=False)}\nPARAMETER temperature 0\n"
-            f'TEMPLATE """{wording}{{{{ .Response }}}}"""\n')
+            f'TEMPLATE """{wording}"""\n')
 
 
-def go_template(spec, stop, *system):
-    """What stands before an answer, by the renderer that made the training data, in Go's language for templates."""
+def go_text(spec, stop, question, system="", earlier=()):
+    """What stands before an answer, by the renderer that made the training data, as literal text of Go's language for
+    templates."""
     role, columns = "user", ["content"]
     if spec["template"] == "text":
         role, columns = "opening", ["text"]
     elif spec["response_format"] or not spec["template"]:
-        role, columns = "prompt", NAME.findall(spec["prompt_format"]) or ["text"]
+        role, columns = "prompt", columns_of(spec["prompt_format"]) or ["text"]
     if len(columns) > 1:  # Ollama has one question: it is all that is worded
         spec, columns = {**spec, "prompt_format": "{text}"}, ["text"]
-    segments = render([*system, Message(role, dict.fromkeys(columns, "\1"))], spec)
+    before = [Message("system", {"content": system})] if system else []
+    segments = render([*before, *earlier, Message(role, dict.fromkeys(columns, question))], spec)
     text = "".join(stop if text is EOT else text for text, _ in segments)
     if spec.get("starts_with_bos"):
         text = text.removeprefix(spec["bos_token"])  # llama.cpp puts it first by itself
     for mark in ("{", '"""'):  # these are Go's and the Modelfile's own
         text = text.replace(mark, f"{{{{ {json.dumps(mark)} }}}}")
-    return text.replace("\1", "{{ .Prompt }}").replace("\2", "{{ .System }}")
+    return text

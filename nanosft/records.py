@@ -24,6 +24,11 @@ EXPECTED = ("expected instruction and output, question and answer, prompt and co
             "text; for other columns prepare_data.py has --prompt_format and --response_format")
 
 
+def columns_of(wording):
+    """The names of the fields in a format, each once."""
+    return list(dict.fromkeys(NAME.findall(wording)))
+
+
 class Message(NamedTuple):
     role: str  # system, user, assistant; prompt, completion, which are rendered as they are; text
     fields: dict  # texts by name; an answer has one
@@ -122,7 +127,7 @@ def to_messages(record, spec, answered=True):
         raise Unusable("cells that the hub's viewer has cut", ", ".join(map(repr, record[CUT])))
     is_plain = spec["prompt_format"] == "{prompt}" and spec["response_format"][1:-1] in NAMES["answer"]
     by_form = answered or not is_plain and spec["template"] != "text" and all(
-        name in record for name in NAME.findall(spec["prompt_format"]))
+        name in record for name in columns_of(spec["prompt_format"]))
     if spec["response_format"] and by_form:
         messages, rest = by_formats(record, spec, answered)
     else:
@@ -132,7 +137,7 @@ def to_messages(record, spec, answered=True):
 
 def by_formats(record, spec, answered):
     """A record of any columns, in the words of prompt_format and response_format."""
-    columns, answers = NAME.findall(spec["prompt_format"]), NAME.findall(spec["response_format"])
+    columns, answers = columns_of(spec["prompt_format"]), columns_of(spec["response_format"])
     rest = {name: value for name, value in record.items() if name not in (*columns, *answers)}
     if spec["template"] == "text":
         return [Message("text", {"text": fill(spec["response_format"], record, "response_format")})], rest

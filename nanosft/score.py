@@ -1,9 +1,10 @@
 """What answers are worth: exact matches and, in a classification, likeliest labels and what they were taken for."""
+import csv
 from collections import Counter
 
 from nanosft.console import UserError, status
 from nanosft.pictures import plot_confusion
-from nanosft.records import NAME, fill
+from nanosft.records import columns_of, fill
 from nanosft.templates import encode, render_answer
 
 
@@ -14,8 +15,8 @@ def label_set(references, named, loaded):
     if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
         spelling = {label.strip(): label for label in labels}
         wording = loaded.spec["response_format"] or "{label}"
-        names = list(filter(None, map(str.strip, named.split(","))))
-        labels = [spelling.get(name) or fill(wording, dict.fromkeys(NAME.findall(wording), name), "labels")
+        names = list(filter(None, map(str.strip, next(csv.reader([named], skipinitialspace=True)))))
+        labels = [spelling.get(name) or fill(wording, dict.fromkeys(columns_of(wording), name), "labels")
                   for name in names]
         if spelling and spelling.keys().isdisjoint(names):
             raise UserError(f"--labels: none of {named} is an answer of the file's; name such as {min(spelling)}")
@@ -43,9 +44,10 @@ def classify(loaded, prompts, labels):
 def confusion(counts, labels):
     """Prints how often each label was taken for which, {(truth, likeliest): int}, with recall and precision. The names
     of columns are cut where that lets the table fit into 80 of a terminal's."""
-    others = sum(counts[pair] for pair in counts if pair[0] not in labels)
+    others = [pair for pair in counts if pair[0] not in labels]
     if others:
-        print(f"{others} of {counts.total()} records have another answer than these labels: they count as wrong")
+        print(f"{sum(counts[pair] for pair in others)} of {counts.total()} records have other answers, such as "
+              f"{others[0][0][:24]!r}: they count as wrong")
     first = max(map(len, ["precision", *(label[:24] for label in labels)]))
     width = min(max(5, *map(len, labels)), max(5, (80 - first - 8) // len(labels) - 1)) + 1
     print("\nthe true label at the left, the likeliest at the top")
@@ -83,6 +85,8 @@ def summary(results):
     """Prints what each model reached, {name: what `score` returns}, where there were references."""
     for name, result in results.items():
         count = result["scored"]
+        if 0 < count < result["records"]:
+            print(f"{result['records'] - count:,} of {result['records']:,} records have no answer to compare with")
         if len(results) > 1 and count:
             print(f"{name}:")
         for key, title in (("likelihood", "likeliest label right"), ("majority", "always the commonest label"),

@@ -1,5 +1,6 @@
 """The files that people have, plain or .gz, as records: JSON of any shape, tables, text, parquet."""
 import codecs
+import contextlib
 import csv
 import glob
 import gzip
@@ -18,6 +19,7 @@ UNREADABLE = (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error
 KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "table", "tsv": "table", "txt": "text",
          "parquet": "parquet"}  # of a file, by the end of its name
 SEPARATOR = "<|endoftext|>"  # stands on a line of its own between two documents of a .txt file
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # of byte order
 KNOWN = {name for names in NAMES.values() for name in names}
 
 
@@ -49,7 +51,8 @@ def files_in(flag, name):
     path, kinds, pattern = Path(name), " ".join(f".{end}" for end in KINDS), name
     if path.is_file():
         if not kind_of(path):
-            raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so")
+            raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so (a "
+                            "spreadsheet as CSV)")
         return [path]
     if path.is_dir():
         pattern = f"{glob.escape(name)}/**"
@@ -66,17 +69,25 @@ def files_in(flag, name):
 # ---- text in any encoding -------------------------------------------------------------------------------------------
 
 def open_text(path, encoding="", newline=""):
-    """A plain or gzipped file as text without a byte-order mark; with newline=None every line end is \\n."""
+    """A plain or gzipped file as text without a byte-order mark; with newline=None every line end is \\n. A mark, or
+    what can only be UTF-8, counts more than the encoding that is named: of several files some may have another."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
-        head = file.read(4)
+        head = file.read(2**20)
     try:
-        if not encoding or codecs.lookup(encoding).name == "utf-8":  # with or without a mark
+        if not encoding or codecs.lookup(encoding).name == "utf-8" or head.startswith(MARKS) or is_utf8(head):
             encoding = json.detect_encoding(head)
     except (LookupError, ValueError):
         raise UserError(f"--text_encoding: Python knows no {encoding!r}; try cp1252 or utf-16") from None
     return opener(path, "rt", encoding=encoding, newline=newline)
+
+
+def is_utf8(head):
+    """Whether the first bytes of a file have letters that are not ASCII, in UTF-8."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return not codecs.getincrementaldecoder("utf-8")().decode(head).isascii()
+    return False
 
 
 def read_records(path, text_encoding="", separator=SEPARATOR):
@@ -205,13 +216,17 @@ def read_table(file, name):
     if delimiter == "\t":
         ways.append({"quoting": csv.QUOTE_NONE})  # quotes that mean nothing
     rows = rows_of(**next((way for way in ways if fits(rows_of(**way), len(columns), delimiter)), {}))
-    for row in filter(any, rows):
+    stop = rows.line_num  # the last line of the row before, or of the header
+    for row in rows:
+        line, stop = stop + 1, rows.line_num
+        if not any(row):
+            continue
         if len(row) < len(columns) or any(row[len(columns):]):
             remedy = "quote fields that hold the separator, or name all columns in the first line"
             remedy = "fill in the others" if len(row) < len(columns) else remedy
-            raise UserError(f"{name}, line {rows.line_num}: {len(row)} fields where the header has {len(columns)}; "
+            raise UserError(f"{name}, line {line}: {len(row)} fields where the header has {len(columns)}; "
                             f"{remedy}")
-        yield f"line {rows.line_num}", dict(zip(columns, row, strict=False))
+        yield f"line {line}", dict(zip(columns, row, strict=False))
 
 
 def fits(rows, width, delimiter):
@@ -240,7 +255,7 @@ def read_documents(file, separator):
         else:
             lines.append(line)
     text = "".join(lines)
-    if text.strip() if several else text:
+    if text.strip() or not several:
         yield f"line {first}", {"text": text.strip("\n") if several else text}
 
 

@@ -15,7 +15,7 @@ import tiktoken
 from nanosft.chat_template import Special, read_chat_template, render_chat_template
 from nanosft.console import UserError
 from nanosft.hub import TOKENIZER
-from nanosft.records import NAME, Message, Unusable, fill
+from nanosft.records import NAME, Message, Unusable, columns_of, fill
 from nanosft.shards import START, SUPERVISED
 from nanosft.tokenizer import read_tokenizer
 
@@ -136,6 +136,8 @@ def get_encoding(name, directory=""):
     """tiktoken's encoding of that name; `bytes`: 256 bytes and end-of-text, with no vocabulary to download; or
     tokenizer.json: a model's own, in its directory."""
     if name == "tokenizer.json":
+        if not (Path(directory) / name).is_file():
+            raise UserError(f"{Path(directory) / name} is missing; put the model's there")
         return read_tokenizer(Path(directory) / name)
     if name == "bytes":
         return tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={"<|endoftext|>": 256},
@@ -153,9 +155,12 @@ def bring_tokenizer(spec, encoding, directory):
     """The spec with what a model's own tokenizer and chat template in this directory add to it."""
     if encoding.name != "tokenizer.json":
         return spec
+    template = read_chat_template(directory)
+    if spec["template"] == "model" and not template:
+        raise UserError(f"{Path(directory) / 'chat_template.jinja'} is missing; put the model's there")
     return {**spec, "bos_token": encoding.bos_token, "eos_token": encoding.eos_token,
             "starts_with_bos": encoding.starts_with_bos, "special_tokens": sorted(encoding.special_tokens_set),
-            "chat_template": read_chat_template(directory)}
+            "chat_template": template}
 
 
 def title_of(spec):
@@ -216,7 +221,7 @@ def chat_template(spec):
     if spec["template"] == "chat":
         return ("{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"
                 "{{ eos_token }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
-    columns = set(NAME.findall(spec["prompt_format"]))
+    columns = columns_of(spec["prompt_format"])
     if spec["template"] in ("", "text") or len(columns) > 1 or (spec["response_format"] and not columns):
         return None
     mark = "\0"

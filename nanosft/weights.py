@@ -101,7 +101,7 @@ def read_config(path):
     numbers = checked({**numbers, **{name: values.get(name) for name in ("bos_token_id", "eos_token_id")}}, path)
     if family == "gpt2":
         return family, numbers
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}  # formerly two, with rope_theta beside
+    rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the older name counts more
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters or rope_scaling is {rope!r}; download or write it again")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None

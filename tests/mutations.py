@@ -107,8 +107,8 @@ MUTATIONS = {
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
     "rows lost where a log was edited": ('''if number.isdigit() and int(number) <= step:''', '''if len(kept) <= step:'''),
     "a capital hides a field": ('''{str(name).lower().strip(): name for name in record}''', '''{name: name for name in record}'''),
-    "duplicates counted among the answers": ('''            report.drop("exact duplicates", location)
-            continue''', '''            report.drop("exact duplicates", location)
+    "duplicates counted among the answers": ('''            report.drop("same prompt and answer as before", location)
+            continue''', '''            report.drop("same prompt and answer as before", location)
             report.answers.update(kept[-1].fields.values())
             continue'''),
     "dropout differs after resume": ('''torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)''', '''pass'''),

@@ -499,7 +499,7 @@ SAMPLES = [
     ("--model=out", lambda path: shutil.rmtree("out"), dict(model="out"), "--model=out: nothing is trained there yet"),
     ("--prompt too long", wording(), dict(prompt="x" * 600), "the prompt has 617 tokens, the context 512: shorten it"),
     ("--system", wording(template="alpaca"), dict(system="x", prompt="x"), r"model \(alpaca template\) was trained"),
-    ("--output a directory", *file(ONE, output="data"), "--output=data is a directory; name a file"),
+    ("--output a directory", *file(ONE, output="data"), "--output=data is no plain file; name a file"),
     ("--output over the input", *file(ONE, output="model/a.jsonl"), "--output=model/a.jsonl is a file to read; name"),
     ("--export over one", wording(), dict(export="model"), "--export=model holds files already; name"),
     ("--model nowhere", wording(), dict(model="no/where/at"), "no model 'no/where/at': expected gpt2"),
@@ -508,6 +508,7 @@ SAMPLES = [
     ("prompt.json cut", cut("prompt.json", 20), PROMPT, "prompt.json is no JSON object; download or write it"),
     *((f"prompt.json: {name} is {value!r}", wording(**{name: value}), PROMPT, f"prompt.json: {name} is .*{PUT_BACK}")
       for name, value in (("template", GONE), ("response_format", GONE), ("prompt_format", 3), ("encoding", None))),
+    ("prompt.json names no template", wording(template="x"), PROMPT, f"no template is called 'x'{PUT_BACK}"),
     ("no prompt.json", gone("prompt.json"), PROMPT, "has 257 token ids, the gpt2 encoding 50257: give the --data_dir"),
     ("prompt.json in Klingon", wording(encoding="klingon"), PROMPT, "encoding='klingon' is none of bytes, gpt2"),
 ]

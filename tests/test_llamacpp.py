@@ -4,19 +4,24 @@ The test with real llama.cpp needs node and, in NANOSFT_NODE, a directory where 
 """
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from conftest import assert_same_logits, chat_model, tiny, tiny_llama, tiny_qwen, with_lora
+from test_chat_template import THINKING
 from test_tokenizer import trained
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 from model import GPT
+from nanosft.chat_template import read_chat_template
 from nanosft.console import UserError
+from nanosft.records import Message
 from sample import SampleConfig
 
 gguf = pytest.importorskip("gguf")
@@ -83,31 +88,71 @@ def test_lora_is_merged_and_a_file_that_is_there_stays(tmp_path):
     assert not list(tmp_path.glob("b.gguf*"))
 
 
-TURN = "<|endoftext|>user\n{{ .Prompt }}<|endoftext|>assistant\n"
+def ollama(path, messages):
+    """What Ollama (Execute in its template.go) makes of a conversation by a Modelfile: Go's words in Jinja's."""
+    source, blocks, text = path.read_text().partition('TEMPLATE """')[2].removesuffix('"""\n'), [], ""
+    words = {'$last := ""': "{% set own = namespace(last='') %}", "$last = .Content": "{% set own.last = m.content %}",
+             "$last": "{{ own.last }}", ".Content": "{{ m.content }}", ".System": "{{ system }}", "else": "{% else %}"}
+    for piece in re.split(r"(\{\{ .*? \}\})", source):
+        word = piece[3:-3]
+        if not piece.startswith("{{ ") or word.startswith('"'):  # literal text
+            text += piece
+        elif word == "end":
+            text += "{% end" + blocks.pop() + " %}"
+        elif word.startswith(("if", "range")):
+            blocks.append("if" if word.startswith("if") else "for")
+            text += {"if .System": "{% if system %}", "range .Messages": "{% for m in messages %}",
+                     'if eq .Role "user"': "{% if m.role == 'user' %}",
+                     'if eq .Role "assistant"': "{% if m.role == 'assistant' %}"}[word]
+        else:
+            text += words[word]
+    system = "".join(message["content"] for message in messages if message["role"] == "system")
+    return jinja2.Environment(keep_trailing_newline=True).from_string(text).render(messages=messages, system=system)
+
+
+COLUMNS = dict(prompt_format='Q: {q} {{\'x\'}} """ {q}\nA:', response_format="{a}")
 MODELFILES = {
-    "alpaca": ({}, "### Instruction:\n{{ .Prompt }}\n\n### Response:\n{{ .Response }}"),
-    "chat": (dict(template="chat"), "{{ if .System }}<|endoftext|>system\n{{ .System }}" + TURN + "{{ else }}" + TURN
-             + "{{ end }}{{ .Response }}"),
-    "chat by a format": (dict(template="chat", prompt_format="Q: {q}", response_format="{a}"),
-                         f'"""{TURN.replace("{{", "Q: {{", 1)}{{{{ .Response }}}}'),
-    "text": (dict(template="text"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
-    "text by a format": (dict(template="text", response_format="{a}"), '"""<|endoftext|>{{ .Prompt }}{{ .Response }}'),
-    "two columns": (dict(prompt_format="{q}|{r}", response_format="{a}"), '"""{{ .Prompt }}{{ .Response }}'),
-    "no column": (dict(prompt_format="Sing:", response_format="{a}"), '"""Sing:{{ .Response }}'),
-    "a column": (dict(prompt_format="Q: {q} {{'x'}}\nA:", response_format="{a}"),
-                 """Q: {{ .Prompt }} {{ "{" }}{{ "{" }}'x'}}\nA:{{ .Response }}"""),
-    "quotes": (dict(prompt_format='Text: """\n{q}"""', response_format="{a}"),
-               r"""Text: {{ "\"\"\"" }}""" + "\n" + r"""{{ .Prompt }}{{ "\"\"\"" }}{{ .Response }}"""),
-}
+    "alpaca": {}, "one turn": dict(template="chat", turns="one"), "turns": dict(template="chat", turns="several"),
+    "text": dict(template="text"), "text by a format": dict(template="text", response_format="{a}"),
+    "no column": dict(prompt_format="Sing:", response_format="{a}"), "a column, twice": COLUMNS,
+    "chat by a format": dict(template="chat", **COLUMNS), "a model's": dict(template="model"),
+    "a model's by a format": dict(template="model", **COLUMNS)}
+DEFAULT = """{% if messages[0].role != 'system' %}<|im_start|>system\nBe {kind}.<|im_end|>\n{% endif %}"""
 
 
-@pytest.mark.parametrize("spec, end", MODELFILES.values(), ids=MODELFILES)
-def test_a_modelfile_words_the_prompt_as_training_did(spec, end, tmp_path, capsys):
-    export(gpt2_model(tmp_path / "m", **spec), tmp_path / "m.gguf")
-    said = "word the columns of each as in '{q}|{r}'" in capsys.readouterr().out
-    assert said == ("|" in spec.get("prompt_format", ""))
+@pytest.mark.parametrize("name", [*MODELFILES, "a default system prompt", "an empty thought", "one question"])
+def test_a_modelfile_words_conversations_as_sample_py_does(name, tmp_path):
+    spec, path = MODELFILES.get(name, dict(template="model")), tmp_path / "m"
+    if spec.get("template") != "model":
+        gpt2_model(path, **spec)
+    else:
+        chat_model(path)
+        template = read_chat_template(path)
+        template = {"a default system prompt": DEFAULT + template, "an empty thought": THINKING,
+                    "one question": "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + template
+                    }.get(name, template)
+        (path / "tokenizer_config.json").write_text(json.dumps(
+            {**json.loads((path / "tokenizer_config.json").read_text()), "chat_template": template}))
+        (path / "prompt.json").write_text(json.dumps({**SPEC, **spec}))
+    export(path, tmp_path / "m.gguf")
     text = (tmp_path / "Modelfile").read_text()
-    assert text.startswith('FROM ./m.gguf\nPARAMETER stop "<|endoftext|>"') and text.endswith(f'{end}"""\n')
+    loaded, = sample.load(SampleConfig(model=str(path), device="cpu", dtype="float32"))
+    stop = loaded.encoding.decode([loaded.stop])
+    assert text.startswith(f'FROM ./m.gguf\nPARAMETER stop "{stop}"\nPARAMETER temperature 0\nTEMPLATE """')
+    system, asked, told, again = ({"role": role, "content": f"{role} {number}"} for number, role in enumerate(
+        ("system", "user", "assistant", "user")))
+    for said in ([asked], [system, asked], [asked, told, again], [system, asked, told, again]):
+        if said[0] is system and not loaded.is_chat():
+            continue
+        ours = said if loaded.keeps_turns() and name != "one question" else [*said[:said[0] is system], said[-1]]
+        messages = [Message(message["role"], {"content": message["content"]}) for message in ours]
+        assert ollama(tmp_path / "Modelfile", said) == loaded.encoding.decode(loaded.prompt_ids(messages))
+
+
+def test_columns_are_worded_by_who_asks_ollama(tmp_path, capsys):
+    export(gpt2_model(tmp_path / "m", prompt_format="{q}|{r}", response_format="{a}"), tmp_path / "m.gguf")
+    assert "word the columns of each as in '{q}|{r}'" in capsys.readouterr().out
+    assert ollama(tmp_path / "Modelfile", [{"role": "user", "content": "1|2"}]) == "1|2"
 
 
 @pytest.mark.parametrize("question, said", [("", False), ("{q}", False), ("Q: {q}", True)])
@@ -117,21 +162,6 @@ def test_an_export_says_if_its_chat_template_words_no_questions(question, said, 
         {"template": "model", "encoding": "tokenizer.json", "prompt_format": question, "response_format": "{a}"}))
     export(model, tmp_path / "e")
     assert ("does not word questions: give each as in 'Q: {q}'" in capsys.readouterr().out) == said
-
-
-@pytest.mark.parametrize("wording, before", [({}, ""), (dict(prompt_format="Q: {q}", response_format="{a}"), "Q: ")])
-def test_a_models_own_template_becomes_ollamas(wording, before, tmp_path):
-    model = chat_model(tmp_path / "m")
-    if wording:
-        (tmp_path / "m" / "prompt.json").write_text(json.dumps(
-            {"template": "model", "encoding": "tokenizer.json", **wording}))
-    export(model, tmp_path / "m.gguf")
-    start, end = "<|im_start|>", "<|im_end|>"
-    user = f"{start}user\n{before}{{{{ .Prompt }}}}{end}\n{start}assistant\n"
-    if not wording:
-        system = f"{start}system\n{{{{ .System }}}}{end}\n{user}"
-        user = f"{{{{ if .System }}}}{system}{{{{ else }}}}{user}{{{{ end }}}}"
-    assert (tmp_path / "Modelfile").read_text().endswith(f'TEMPLATE """{user}{{{{ .Response }}}}"""\n')
 
 
 NODE = os.getenv("NANOSFT_NODE", "")

@@ -137,7 +137,8 @@ def test_a_base_in_16_bits_stays_as_it_is_and_the_adapter_alone_is_saved(base, l
 def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base, tmp_path, monkeypatch):
     monkeypatch.chdir(base.parent)
     fit(init_from=base.name)
-    monkeypatch.chdir(tmp_path)  # from anywhere
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     assert fit(resume=True, max_steps=7).step == 7
     shutil.copytree(base, tmp_path / "moved")  # the same base by another name
     assert fit(resume=True, init_from=str(tmp_path / "moved"), max_steps=8).step == 8

@@ -229,7 +229,8 @@ USER, ANSWER = [{"role": role, "content": "x"} for role in ("user", "assistant")
 LONG = {"instruction": "Repeat: " + "x" * 300, "input": "é" * 40, "output": "the answer"}
 # records, flags, how many examples are left, a line of the report
 COUNTED = {
-    "duplicates": (colour_records(20) * 3, {}, 20, "40 dropped: exact duplicates (first: records.jsonl, line 21)"),
+    "duplicates": (colour_records(20) * 3, {}, 20,
+                   "40 dropped: same prompt and answer as before (first: records.jsonl, line 21)"),
     "overlong": ([*colour_records(10), LONG], dict(template="alpaca", block_size=300), 10,
                  "1 dropped: longer than --block_size=300 (first: records.jsonl, line 11)"),
     "nobody answered": ([{"messages": [USER]}, {"messages": [USER, ANSWER, USER]}], {}, 1,

@@ -1,6 +1,8 @@
 """sample.py: the prompts that training saw, whole characters while streaming, chats, files, scores, exports."""
 import io
 import json
+import os
+import stat
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,7 +166,11 @@ def test_a_model_without_wording_begins_as_it_was_trained_and_holds_one_question
 
 def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path, heard, capsys):
     model = saved(tmp_path / "a, b", SPECS["text"])  # a comma in a path is no second model
-    assert len(use(model, num_samples=2)) == 2
+    assert len(use(model, temperature=1.0, num_samples=2, max_new_tokens=9)) == 2
+    assert "(cut after" not in capsys.readouterr().out  # nobody needs to hear what was asked for
+    heard.replies = [b"l" * 256]
+    assert sample.main(SampleConfig(model=model, device="cpu")) == ["l" * 256]
+    assert "(cut after 256 tokens: --max_new_tokens)" in capsys.readouterr().out
     (tmp_path / "prompt.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="--prompt_file: .*; save it as UTF-8, or give --text_encoding=cp1252"):
         use(model, prompt_file=str(tmp_path / "prompt.txt"))
@@ -174,9 +180,9 @@ def test_a_text_model_begins_by_itself_and_a_prompt_may_stand_in_a_file(tmp_path
     (tmp_path / "prompt.txt").write_text("la\nla\n")
     capsys.readouterr()
     heard.replies = [[*b" lo", STOP], [*b" lu", STOP]]
-    assert use(model, prompt_file=str(tmp_path / "prompt.txt"), num_samples=2) == [" lo", " lu"]
+    assert use(model, prompt_file=str(tmp_path / "prompt.txt"), temperature=1.0, num_samples=2) == [" lo", " lu"]
     assert capsys.readouterr().out == "--- 1 of 2 ---\nla\nla lo\n--- 2 of 2 ---\nla\nla lu\n"
-    assert heard.prompts == [[STOP], [STOP], [STOP, *b"la\nla"], [STOP, *b"la\nla"]]
+    assert heard.prompts == [[STOP], [STOP], [STOP], [STOP, *b"la\nla"], [STOP, *b"la\nla"]]
 
 
 PAIR = {"template": "alpaca", "prompt_format": "{prompt}", "response_format": "{completion}"}
@@ -422,6 +428,7 @@ def test_a_plain_model_is_asked_in_a_trained_ones_words_if_its_ids_can_be_the_sa
 
 def test_labels_are_scored_as_the_answers_spell_them(capsys):
     loaded = LoadedModel("", tiny(), BYTES, {**SPECS["alpaca"]}, "")
+    assert list(score.label_set(["pos, neg", "x"] * 5, 'x, "pos, neg"', loaded)) == ["x", "pos, neg"]
     assert list(score.label_set([" pos", None, " neg", " pos"], "pos, neg,new,", loaded)) == [" pos", " neg", "new"]
     loaded.spec["response_format"] = " {label}"
     assert score.label_set([], "pos,b", loaded) == {" pos": [*b" pos", 256], " b": [*b" b", 256]}
@@ -449,7 +456,7 @@ def test_a_confusion_matrix_fits_a_terminal_and_is_drawn(tmp_path, capsys):
     counts = Counter({(label, label): 30 for label in labels} | {("hep-th", "hep-ph"): 10, ("?", "math"): 2})
     score.confusion(counts, labels)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "2 of 252 records have another answer than these labels: they count as wrong"
+    assert lines[0] == "2 of 252 records have other answers, such as '?': they count as wrong"
     assert max(map(len, lines)) <= 80
     assert lines[3].split() == ["astro-", "cond-m", "cs", "hep-ph", "hep-th", "math", "physic", "quant-", "recall"]
     assert lines[8].split() == ["hep-th", "0", "0", "0", "10", "30", "0", "0", "0", "75%"]
@@ -463,8 +470,58 @@ def test_a_confusion_matrix_fits_a_terminal_and_is_drawn(tmp_path, capsys):
 def test_flags_out_of_range_are_all_named_at_once():
     with pytest.raises(UserError, match="--temperature: -1 is neither .*--top_p: 0 is not.*--export: writes one model"):
         SampleConfig(temperature=-1, top_p=0, export="new", model="chat,two")
-    with pytest.raises(UserError, match="--temperature: at 0 .* give 1 with --top_k .*--file: gets one whole answer"):
+    with pytest.raises(UserError, match="--temperature: at 0 .* give 1 with --top_k, .*--file: gets one whole answer"):
         SampleConfig(top_k=5, file="a.jsonl", answer="x")
+    with pytest.raises(UserError, match="--temperature: at 0 the likeliest token is taken; .* or --num_samples"):
+        SampleConfig(num_samples=2)
+    with pytest.raises(UserError, match="--prompt_file: holds the prompt; .*; --labels: for the records of --file"):
+        SampleConfig(prompt="x", prompt_file="x.txt", labels="a,b")
+    for flag in ("prompt", "prompt_file", "input", "answer"):
+        with pytest.raises(UserError, match="--file: gets one whole answer a record; leave out --prompt, "):
+            SampleConfig(file="a.jsonl", **{flag: "x"})
+
+
+def test_what_is_typed_is_checked_as_records_are(tmp_path):
+    model = saved(tmp_path / "m", SPECS["chat"])
+    for flag in ("prompt", "input", "system", "answer"):
+        with pytest.raises(UserError, match=f"100,000 characters of white space in a row .*: --{flag}; cut them"):
+            use(model, **{"prompt": "x", flag: "a" + " " * 100_000})
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="--prompt_file=.*empty.txt is empty; write the prompt there"):
+        use(model, prompt_file=str(tmp_path / "empty.txt"))
+
+
+def test_answers_go_where_a_link_leads_and_never_into_a_devices_place(tmp_path):
+    model, records = saved(tmp_path / "m", SPECS["chat"]), write_lines(tmp_path / "r.jsonl", [{"instruction": "x"}])
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    use(model, file=str(records), output=str(tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "target").read_text())["instruction"] == "x"
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(UserError, match="--output=.* is no plain file; name a file"):
+            use(model, file=str(records), output=str(path))
+    assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
+
+
+def test_a_column_that_a_format_names_twice_is_asked_once(tmp_path, heard):
+    spec = {**SPECS["one"], "prompt_format": "{title}, again {title}:", "response_format": " {kind}"}
+    model = saved(tmp_path / "m", spec)
+    records = write_lines(tmp_path / "r.jsonl", [{"title": "é", "kind": "k"}])
+    use(model, prompt="é")
+    use(model, file=str(records), output=str(tmp_path / "a"))
+    assert heard.prompts == [list("é, again é:".encode())] * 2
+
+
+def test_a_record_may_be_typed_with_its_answer(tmp_path, heard):
+    use(saved(tmp_path, SPECS["two"]), prompt='{"title": "a", "abstract": "b", "label": "x"}')
+    use(saved(tmp_path, SPECS["two"]), prompt='{"title": "a", "abstract": "b"}')
+    assert heard.prompts[0] == heard.prompts[1]
+
+
+def test_a_chat_names_the_columns(tmp_path, heard, monkeypatch, capsys):
+    talk(monkeypatch, '{"title": "a", "abstract": "b"}')
+    use(saved(tmp_path, SPECS["two"]))
+    assert "It reads JSON objects with the columns title, abstract." in capsys.readouterr().out
 
 
 # ---- adapters and export --------------------------------------------------------------------------------------------

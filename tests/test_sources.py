@@ -276,6 +276,17 @@ def test_hidden_folders_and_packed_parquet_are_not_read(tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path}: not read: d.parquet.gz\n"
 
 
+def test_a_row_is_where_it_begins_and_an_empty_text_counts(tmp_path):
+    (tmp_path / "a.csv").write_text('\nq,answer\n"1\n2",a\n\n\n"3\n4\n",b\n5,c\n')
+    assert [place for place, _ in read_records(tmp_path / "a.csv")] == [f"a.csv, line {n}" for n in (3, 7, 10)]
+    (tmp_path / "b.csv").write_text('q,answer\n"1\n2",a,b\n')
+    with pytest.raises(UserError, match="b.csv, line 2: 3 fields where the header has 2"):
+        list(read_records(tmp_path / "b.csv"))
+    for text in ("", " \n"):
+        (tmp_path / "c.txt").write_text(text)
+        assert list(read_records(tmp_path / "c.txt")) == [("c.txt, line 1", {"text": text})]
+
+
 def test_other_encodings_are_named(tmp_path):
     (tmp_path / "a.csv").write_bytes("question,answer\ncafé,“ja”\n".encode("cp1252"))
     with pytest.raises(UserError, match="^a.csv, in or after line 1: .*0xe9.*--text_encoding=cp1252"):
@@ -286,6 +297,9 @@ def test_other_encodings_are_named(tmp_path):
     assert record == {"question": "café", "answer": "“ja”"}
     (tmp_path / "c.csv").write_bytes("question,answer\nq,a\n".encode("utf-8-sig"))
     assert [record for _, record in read_records(tmp_path / "c.csv", "UTF8")] == [{"question": "q", "answer": "a"}]
+    for number, (encoding, text) in enumerate([("cp1252", "é"), ("utf-8", "é"), ("utf-8-sig", "e"), ("utf-16", "é")]):
+        (tmp_path / f"{number}.csv").write_bytes(f"question,answer\n{text},a\n".encode(encoding))
+        assert next(read_records(tmp_path / f"{number}.csv", "cp1252"))[1] == {"question": text, "answer": "a"}
     (tmp_path / "b.csv").write_bytes("question,answer\nдом,да\n".encode("utf-16"))
     assert [record for _, record in read_records(tmp_path / "b.csv")] == [{"question": "дом", "answer": "да"}]
 

@@ -496,7 +496,7 @@ def test_best_follows_the_answers_where_that_is_asked_for(by, fit, prepare, tmp_
                 best_examples=10)
     assert (state.best_val_score, state.best_val_loss, state.waited) == (0.5, 3.0, 1)
     assert [row["val_score"] for row in rows(tmp_path / "out")] == ["0.3", "0.5", "0.5", "0.4"]
-    assert f"step 3, validation loss 3.0000, {by} 50.0%, the best so far" in capsys.readouterr().out
+    assert f"step 3, validation loss 3.0000, {by} 5 of 10, the best so far" in capsys.readouterr().out
     monkeypatch.setattr(report.Samples, "right", lambda *_: 10)
     fit("three", data_dir=data, max_steps=3, eval_interval=0, lr_schedule="constant", warmup_ratio=0, best_examples=10)
     assert rows(tmp_path / "three")[2]["val_score"] == "1"  # a small model's answers are counted unasked, for the eye
@@ -706,6 +706,9 @@ def test_a_gpt2_with_a_vocabulary_of_its_own_is_not_taken_for_openais(file, fit,
         else:
             with pytest.raises(UserError, match="a vocabulary of its own, .*: prepare the data with --model="):
                 fit(**flags)
+            if file == "vocab.json":
+                with pytest.raises(UserError, match="a vocabulary of its own, .*: ask it alone, with its tokenizer"):
+                    sample.main(sample.SampleConfig(model=str(base), device="cpu", prompt="x"))
     if file == "vocab.json":
         with pytest.raises(UserError, match="has no tokenizer.json; put the model's beside its weights"):
             prepare(colour_records(30), model=str(base), encoding="")
