@@ -147,3 +147,13 @@ def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base
         fit(resume=True, max_steps=9)
     with pytest.raises(UserError, match="was trained on other weights than"):
         sample.main(SampleConfig(model=str(tmp_path / "out"), prompt="x", device="cpu"))
+
+
+def test_adapters_drop_in_training_alone_and_targets_are_as_named():
+    model = tiny().add_lora(4, 6.0, 0.5, ["c_attn", "mlp.c_proj"])
+    learned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".", 2)[2].rsplit(".", 1)[0] for name in learned} == {"attn.c_attn", "mlp.c_proj"}
+    for parameter in learned.values():
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    idx = torch.arange(48)[None]
+    assert torch.equal(model.eval()(idx), model(idx)) and not torch.equal(model.train()(idx), model(idx))

@@ -5,15 +5,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, colour_records, randomise, theirs, tiny
+from conftest import FAMILIES, colour_records, randomise, theirs, tiny, tiny_llama
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as model_module
 import train
-from model import GPT, IGNORE_INDEX, GPTConfig, Packing
+from model import GPT, IGNORE_INDEX, GPTConfig, Packing, RMSNorm, rotary
 from nanosft.console import UserError
 from nanosft.hub import SIZES
 from nanosft.shards import Shards, load_meta
@@ -368,3 +369,44 @@ def test_the_likelihood_of_answers_is_that_of_the_whole_texts(varied):
         logs = varied(torch.tensor([prompt + answer[:-1]]))[0].log_softmax(-1)
         expected = sum(logs[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
         assert found[row, column].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_penalty_follows_its_row_when_others_have_ended():
+    model, prompts = tiny(std=0.3).eval(), [[5, 6, 7, 5], [9, 30, 31]]
+    stop = collect(model, prompts, new=20, repetition_penalty=1.3)[0][2]
+    both, alone = (collect(model, asked, new=20, repetition_penalty=1.3, stop=stop) for asked in (prompts, prompts[1:]))
+    assert both[1] == alone[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_penalty_is_on_true_logits(dtype):
+    model = tiny(seed=2, block_size=300).eval()
+    with torch.no_grad():  # logits around -100, as GPT-2's
+        model.wte.weight += 0.3
+        model.ln_f.bias -= 10
+    prompt, least = list(range(257)), int(model(torch.arange(257)[None])[0, -1].argmin())
+    prompt.remove(least)  # the only id without the penalty, which makes -100 worse
+    assert collect(model.to(dtype), [prompt], new=1, repetition_penalty=3.0) == [[least]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_stands_in_its_places_in_training_alone(dtype, family, monkeypatch):
+    net, seen, plain, fused = FAMILIES[family](dropout=0.25).to(dtype), [], F.dropout, F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "dropout", lambda x, p, training=True: seen.append(p * training) or plain(x, p, training))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, dropout_p=0.0, **more: seen.append(dropout_p)
+                        or fused(*args, dropout_p=dropout_p, **more))
+    idx = torch.arange(40)[None]
+    net(idx, idx)
+    assert seen == [0.25] * (1 + 3 * net.config.n_layer)  # embedding; weights and output of attention, MLP
+    seen.clear()
+    net.eval()(idx)
+    assert not any(seen)
+
+
+def test_norms_and_angles_are_made_in_float32():
+    config, places = tiny_llama().config, torch.arange(3000)
+    exact, rounded = (rotary(config, places, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert all((one - other).abs().max() < 2**-8 for one, other in zip(exact, rounded, strict=True))
+    ours, theirs = RMSNorm(64, 1e-5).bfloat16(), LlamaRMSNorm(64, 1e-5).bfloat16()
+    x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert (ours(x) != theirs(x)).float().mean() < 0.01

@@ -158,3 +158,11 @@ def test_a_step_waits_for_no_device_and_only_the_slice_size_depends_on_it(dtype,
     assert optimizer.step(1e-3, loss, 1.0).device.type == "meta"
     lines = (ROOT / "nanosft" / "optimizer.py").read_text().splitlines()
     assert [line.split()[0] for line in lines if re.search('"(cpu|cuda)', line)] == ["self.slice_size"]
+
+
+def test_without_a_limit_gradients_are_not_clipped():
+    one, other = small(torch.float32), small(torch.float32)
+    for optimizer, clip in ((one, 0), (other, 1e9)):
+        give_gradients(optimizer, 3)
+        optimizer.step(1e-2, torch.ones(()), clip)
+    assert same(contents(one), contents(other))

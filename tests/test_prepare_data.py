@@ -14,7 +14,16 @@ import prepare_data
 from model import IGNORE_INDEX
 from nanosft.console import UserError
 from nanosft.records import to_messages
-from nanosft.shards import START, SUPERVISED, Shards, examples_of_step, load_meta, micro_batches, order_of_epoch
+from nanosft.shards import (
+    START,
+    SUPERVISED,
+    Shards,
+    ShardWriter,
+    examples_of_step,
+    load_meta,
+    micro_batches,
+    order_of_epoch,
+)
 from nanosft.templates import EOT, as_rendered, chat_template, encode, get_encoding, render
 from prepare_data import PrepareConfig
 
@@ -376,3 +385,10 @@ def test_the_chapter_7_records(gpt2_encoding, tmp_path, capsys):
     assert ">>>" in capsys.readouterr().out
     for ids, flags in load(tmp_path / "d"):
         assert ids.count(50256) == 1 and ids[-1] == 50256 and flags[-1] == SUPERVISED
+
+
+def test_ids_above_16_bits_are_kept(tmp_path):
+    writer = ShardWriter(tmp_path, "train", 70_000, 1000)
+    writer.add([5, 65_537, 69_999], bytes([START, SUPERVISED, SUPERVISED]))
+    writer.close()
+    assert Shards(tmp_path, {"train": writer.counts}, "train")[0]["id"].tolist() == [5, 65_537, 69_999]

@@ -636,3 +636,12 @@ def test_what_was_prepared_for_a_model_is_trained_from_it_and_asked_with_no_flag
         asked = [Message(role, {"content": text}) for role, text in chat]
         assert loaded.prompt_ids(asked) == tokenizer.apply_chat_template(
             [{"role": role, "content": text} for role, text in chat], add_generation_prompt=True, return_dict=False)
+
+
+def test_records_without_an_answer_shift_no_score(tmp_path, capsys):
+    labels = {"a": [1], "b": [2]}
+    found = score.score(["a", "b", "b"], [None, "b", "a"], labels, ["a", "b", "a"], tmp_path / "c.png")
+    assert (found["scored"], found["exact"], found["likelihood"], found["no_label"]) == (2, 1, 2, 0)
+    score.summary({"one": found})
+    assert "1 of 3 records have no answer to compare with" in capsys.readouterr().out
+    assert score.score(["b", "a"], ["a", "a"], labels, ["a", "b"], tmp_path / "c.png")["no_label"] == 0

@@ -542,3 +542,20 @@ def test_an_unusable_record_says_why():
     with pytest.raises(Unusable, match="an unknown role: 'tool' is none of system, user, assistant") as caught:
         to_messages({"messages": turns(("tool", "x"))}, PLAIN)
     assert caught.value.reason == "an unknown role"
+
+
+def test_fields_that_tests_forgot(tmp_path):
+    assert said({"instruction": "i", "query": "q", "answer": "a"}) == ([("user", "i|q"), ("assistant", "a")], [])
+    spec = {"template": "alpaca", "prompt_format": "{q}", "response_format": "{a} {b}"}
+    assert said({"q": "q", "a": "1", "b": None}, spec) == ([("prompt", "q")], [])  # no half of an answer
+    for chat in (turns(("User", "q"), ("Assistant", "a")), turns(("human", "q"), ("gpt", "a"), role="from",
+                                                                 content="value")):
+        (tmp_path / "a.json").write_text(json.dumps(chat))
+        assert [record for _, record in read_records(tmp_path / "a.json")] == [chat]
+
+
+def test_a_directorys_held_out_file_is_not_trained_on(tmp_path):
+    for name, start in (("train", 0), ("val", 30)):
+        write_lines(tmp_path / f"{name}.jsonl", questions(20, start))
+    meta = prepared(tmp_path, input=str(tmp_path), val_input=str(tmp_path / "val.jsonl"), test_fraction=0)
+    assert (meta["train"]["examples"], meta["val"]["examples"]) == (20, 20)

@@ -1,4 +1,5 @@
 """train.py: its numbers against transformers and torch, its steps, its clock, its checkpoints and its messages."""
+import itertools
 import json
 import math
 import os
@@ -753,3 +754,100 @@ def test_wandb_gets_the_usual_names_and_ends_no_run(fit, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match="--wandb: .*init.*pip install wandb"):
         fit(wandb=True, overwrite=True)
     assert len(rows(tmp_path / "out")) == 6  # nothing is cleared
+
+
+# ---- flags reach what they name -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", [
+    dict(beta1=0.5), dict(beta2=0.5), dict(weight_decay=0.0), dict(min_lr=1e-3), dict(dropout=0.5),
+    dict(warmup_ratio=0.5), dict(lr_schedule="constant"), dict(grad_clip=0.01)], ids=str)
+def test_a_flag_changes_the_weights(flags, fit, tmp_path):
+    for name, more in (("plain", {}), ("other", flags)):
+        fit(name, eval_interval=0, **more)
+    assert not same_weights(tmp_path / "plain", tmp_path / "other")
+
+
+@pytest.mark.parametrize("flag, common", [
+    ("dropout", {}), ("dropout", dict(lora_rank=4, learning_rate=1e-2)),
+    ("lora_dropout", dict(lora_rank=4, learning_rate=1e-2))])
+def test_dropout_of_weights_that_are_loaded(flag, common, fit, tmp_path):
+    tiny(block_size=128).save_pretrained(tmp_path / "base")
+    one, other = (fit(overwrite=True, init_from=str(tmp_path / "base"), eval_interval=0, **common, **{flag: share})
+                  for share in (0.0, 0.5))
+    assert one.train_loss != other.train_loss
+
+
+def test_defaults_follow_what_training_begins_with():
+    rates = [train.peak_of(TrainConfig(lora_rank=rank), {"name": name})
+             for rank, name in ((0, "scratch"), (0, "gpt2"), (4, "gpt2"))]
+    steps = [train.planned_steps(TrainConfig(batch_size=8), 81, scratch) for scratch in (True, False)]
+    assert rates == [2e-3, 5e-5, 2e-4] and steps == [88, 22]
+
+
+def test_the_seed_decides_weights_order_and_dropout_and_max_examples_the_first(data, fit, tmp_path, monkeypatch):
+    shards = Shards(data, load_meta(data), "train")
+    assert examples_of_step(1, shards, 8, 1).tolist() != examples_of_step(1, shards, 8, 2).tolist()
+    one, two = (train.set_up(TrainConfig(**{**BASE, "data_dir": str(data), "out_dir": str(tmp_path / "x"), "seed": seed,
+                                            "max_examples": 2}), torch.device("cpu")) for seed in (1, 2))
+    assert not torch.equal(one.model.wte.weight, two.model.wte.weight)
+    assert len(one.data) == 2 and all(np.array_equal(one.data[i], shards[i]) for i in range(2))
+    assert len(one.val) == load_meta(data)["val"]["examples"] > 2
+    real, seeds = train.accumulate, set()
+    monkeypatch.setattr(train, "accumulate", lambda *args: seeds.add(torch.initial_seed()) or real(*args))
+    fit(eval_interval=0)
+    assert len(seeds) == 6  # one a step
+
+
+def test_what_a_resumed_run_may_change_to_fit_into_memory(fit):
+    fit(max_steps=2)
+    flags = dict(micro_batch_tokens=100, gradient_checkpointing=True, eval_interval=1, save_interval=1, log_interval=1)
+    assert fit(resume=True, max_steps=4, **flags).step == 4
+
+
+def test_a_context_as_long_as_the_longest_example_will_do(fit, data, tmp_path):
+    longest = max(load_meta(data)[split]["longest"] for split in ("train", "val"))
+    for size in (longest - 1, longest - 2):  # the last token of an example is a target alone
+        tiny(block_size=size).save_pretrained(tmp_path / str(size))
+    assert fit("a", init_from=str(tmp_path / str(longest - 1)), max_steps=1).step == 1
+    with pytest.raises(UserError, match="a context of"):
+        fit("b", init_from=str(tmp_path / str(longest - 2)), max_steps=1)
+
+
+# ---- steps that fail ------------------------------------------------------------------------------------------------
+
+def test_memory_may_run_out_at_a_later_step(fit, data, monkeypatch):
+    longest, calls, real = int(Shards(data, load_meta(data), "train").lengths.max()), [], train.accumulate
+
+    def hungry(model, optimizer, batches, supervised):
+        calls.append(max(max(lengths) for _, _, lengths in batches))
+        if calls[-1] < longest and sum(length < longest for length in calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, optimizer, batches, supervised)
+    monkeypatch.setattr(train, "accumulate", hungry)
+    assert fit(micro_batch_tokens=1, eval_interval=0, batch_size=2).step == 6 and len(calls) == 7
+
+
+def test_skipped_steps_end_a_run_only_in_a_row_and_are_not_saved(fit, tmp_path, monkeypatch):
+    real, calls = train.accumulate, itertools.count()
+    monkeypatch.setattr(train, "accumulate", lambda *args: real(*args) * (math.nan if next(calls) % 2 else 1))
+    assert fit("some", max_steps=24, eval_interval=0).step == 24
+    fit(max_steps=1, eval_interval=0, overwrite=True)
+    monkeypatch.setattr(train, "accumulate", lambda *args: real(*args) * math.nan)
+    with pytest.raises(UserError, match="ten steps in a row"):
+        fit(max_steps=20, resume=True, save_interval=1)
+    assert checkpoint(tmp_path / "out")["values"]["state"]["step"] == 1
+
+
+def test_an_evaluation_drops_nothing_and_its_time_counts(data, fit, clock):
+    shards = Shards(data, load_meta(data), "train")
+    one, other = (train.evaluate(tiny(block_size=128, dropout=share), shards, 900) for share in (0.0, 0.5))
+    assert one == other
+    ours = clock(1.0, evaluation=10.0)
+    assert fit(eval_interval=0).elapsed == ours.now - 1000
+
+
+def test_the_first_answer_of_a_conversation_is_what_is_counted(prepare):
+    said = [dict(role=role, content=text) for role, text in zip(["user", "assistant"] * 2, "qamb", strict=True)]
+    data = prepare([{"messages": said}], template="chat", val_fraction=0, test_fraction=0)
+    samples = report.Samples(Shards(data, load_meta(data), "train"), get_encoding("bytes"), 256, by="exact", scored=9)
+    assert samples.answers == [[*b"a", 256]]
