@@ -124,26 +124,29 @@ TURN = '{{{{ if eq .Role "{}" }}}}{{{{ .Content }}}}{}{{{{ end }}}}'
 def modelfile(name, loaded):
     """The prompts of training in Ollama's words, and what ends an answer. Ollama puts the whole conversation through
     such a template. A model that keeps no turns answers the last question by itself, here as in sample.py."""
-    stop = loaded.encoding.decode([loaded.stop])
-    begin, *rest = go_text(loaded.spec, stop, USER).split(USER)
+    stop, system, earlier = loaded.encoding.decode([loaded.stop]), "", [
+        Message("user", {"content": USER}), Message("assistant", {"content": ANSWER})]
+    alone, *rest = go_text(loaded.spec, stop).split(USER)
+    begin = alone
     if loaded.is_chat():
         with contextlib.suppress(UserError):  # some templates hold no system prompt
-            system = go_text(loaded.spec, stop, USER, SYSTEM).split(USER)[0].replace(SYSTEM, "{{ .System }}")
-            begin = f"{{{{ if .System }}}}{system}{{{{ else }}}}{begin}{{{{ end }}}}"
+            system = go_text(loaded.spec, stop, SYSTEM).split(USER)[0]
+            begin = f"{{{{ if .System }}}}{system}{{{{ else }}}}{alone}{{{{ end }}}}".replace(SYSTEM, "{{ .System }}")
     wording = LAST + "{{ $last }}".join([begin, *rest])
     if loaded.keeps_turns():
         with contextlib.suppress(UserError):  # some templates hold one question
-            text = go_text(loaded.spec, stop, USER, earlier=[Message("user", {"content": USER}),
-                                                             Message("assistant", {"content": ANSWER})])
+            text = go_text(loaded.spec, stop, earlier=earlier)
             _, asked, answered, end = re.split(f"[{USER}{ANSWER}]", text)
-            if end.startswith(asked):  # what comes after it opens the new answer alone
+            # what comes after `asked` opens the new answer alone; some templates put the system prompt last
+            if end.startswith(asked) and (not system or go_text(loaded.spec, stop, SYSTEM, earlier)
+                                          == system + text.removeprefix(alone)):
                 turns = TURN.format("user", asked) + TURN.format("assistant", answered)
                 wording = f"{begin}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{end.removeprefix(asked)}"
     return (f"FROM ./{name}\nPARAMETER stop {json.dumps(stop, ensure_ascii=False)}\nPARAMETER temperature 0\n"
             f'TEMPLATE """{wording}"""\n')
 
 
-def go_text(spec, stop, question, system="", earlier=()):
+def go_text(spec, stop, system="", earlier=()):
     """What stands before an answer, by the renderer that made the training data, as literal text of Go's language for
     templates."""
     role, columns = "user", ["content"]
@@ -154,7 +157,7 @@ def go_text(spec, stop, question, system="", earlier=()):
     if len(columns) > 1:  # Ollama has one question: it is all that is worded
         spec, columns = {**spec, "prompt_format": "{text}"}, ["text"]
     before = [Message("system", {"content": system})] if system else []
-    segments = render([*before, *earlier, Message(role, dict.fromkeys(columns, question))], spec)
+    segments = render([*before, *earlier, Message(role, dict.fromkeys(columns, USER))], spec)
     text = "".join(stop if text is EOT else text for text, _ in segments)
     if spec.get("starts_with_bos"):
         text = text.removeprefix(spec["bos_token"])  # llama.cpp puts it first by itself

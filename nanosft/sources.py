@@ -187,7 +187,8 @@ def records_in(value, name):
 def read_table(file, name):
     """Yields (location, {column: text}) for every row after the header. Delimiter and kind of quotes are seen."""
     csv.field_size_limit(2**31 - 1)
-    if not re.fullmatch("sep=.", file.readline().lstrip("\ufeff").rstrip("\r\n")):  # Excel's own line
+    skipped = bool(re.fullmatch("sep=.", file.readline().lstrip("\ufeff").rstrip("\r\n")))  # Excel's own line
+    if not skipped:
         file.seek(0)
     start = file.tell()
 
@@ -216,9 +217,9 @@ def read_table(file, name):
     if delimiter == "\t":
         ways.append({"quoting": csv.QUOTE_NONE})  # quotes that mean nothing
     rows = rows_of(**next((way for way in ways if fits(rows_of(**way), len(columns), delimiter)), {}))
-    stop = rows.line_num  # the last line of the row before, or of the header
+    stop = rows.line_num + skipped  # the last line of the row before, or of the header
     for row in rows:
-        line, stop = stop + 1, rows.line_num
+        line, stop = stop + 1, rows.line_num + skipped
         if not any(row):
             continue
         if len(row) < len(columns) or any(row[len(columns):]):

@@ -118,9 +118,16 @@ MODELFILES = {
     "chat by a format": dict(template="chat", **COLUMNS), "a model's": dict(template="model"),
     "a model's by a format": dict(template="model", **COLUMNS)}
 DEFAULT = """{% if messages[0].role != 'system' %}<|im_start|>system\nBe {kind}.<|im_end|>\n{% endif %}"""
+SYSTEM_LAST = """{% if messages[0].role == 'system' %}{% set system = messages[0].content + '\n' %}\
+{% set messages = messages[1:] %}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}
+{% if loop.last and m.role == 'user' %}{{ system }}{% endif %}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ONE = "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}"
+OTHERS = ("a default system prompt", "an empty thought", "one question", "a system prompt before the last question")
 
 
-@pytest.mark.parametrize("name", [*MODELFILES, "a default system prompt", "an empty thought", "one question"])
+@pytest.mark.parametrize("name", [*MODELFILES, *OTHERS])
 def test_a_modelfile_words_conversations_as_sample_py_does(name, tmp_path):
     spec, path = MODELFILES.get(name, dict(template="model")), tmp_path / "m"
     if spec.get("template") != "model":
@@ -128,9 +135,8 @@ def test_a_modelfile_words_conversations_as_sample_py_does(name, tmp_path):
     else:
         chat_model(path)
         template = read_chat_template(path)
-        template = {"a default system prompt": DEFAULT + template, "an empty thought": THINKING,
-                    "one question": "{% if messages | length > 2 %}{{ raise_exception('one') }}{% endif %}" + template
-                    }.get(name, template)
+        template = dict(zip(OTHERS, (DEFAULT + template, THINKING, ONE + template, SYSTEM_LAST), strict=True)
+                        ).get(name, template)
         (path / "tokenizer_config.json").write_text(json.dumps(
             {**json.loads((path / "tokenizer_config.json").read_text()), "chat_template": template}))
         (path / "prompt.json").write_text(json.dumps({**SPEC, **spec}))
@@ -144,7 +150,7 @@ def test_a_modelfile_words_conversations_as_sample_py_does(name, tmp_path):
     for said in ([asked], [system, asked], [asked, told, again], [system, asked, told, again]):
         if said[0] is system and not loaded.is_chat():
             continue
-        ours = said if loaded.keeps_turns() and name != "one question" else [*said[:said[0] is system], said[-1]]
+        ours = said if loaded.keeps_turns() and name not in OTHERS[2:] else [*said[:said[0] is system], said[-1]]
         messages = [Message(message["role"], {"content": message["content"]}) for message in ours]
         assert ollama(tmp_path / "Modelfile", said) == loaded.encoding.decode(loaded.prompt_ids(messages))
 

@@ -279,6 +279,8 @@ def test_hidden_folders_and_packed_parquet_are_not_read(tmp_path, capsys):
 def test_a_row_is_where_it_begins_and_an_empty_text_counts(tmp_path):
     (tmp_path / "a.csv").write_text('\nq,answer\n"1\n2",a\n\n\n"3\n4\n",b\n5,c\n')
     assert [place for place, _ in read_records(tmp_path / "a.csv")] == [f"a.csv, line {n}" for n in (3, 7, 10)]
+    (tmp_path / "a.csv").write_text("sep=,\nq,answer\n1,a\n")
+    assert [place for place, _ in read_records(tmp_path / "a.csv")] == ["a.csv, line 3"]
     (tmp_path / "b.csv").write_text('q,answer\n"1\n2",a,b\n')
     with pytest.raises(UserError, match="b.csv, line 2: 3 fields where the header has 2"):
         list(read_records(tmp_path / "b.csv"))
