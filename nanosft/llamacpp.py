@@ -124,8 +124,7 @@ TURN = '{{{{ if eq .Role "{}" }}}}{{{{ .Content }}}}{}{{{{ end }}}}'
 def modelfile(name, loaded):
     """The prompts of training in Ollama's words, and what ends an answer. Ollama puts the whole conversation through
     such a template. A model that keeps no turns answers the last question by itself, here as in sample.py."""
-    stop, system, earlier = loaded.encoding.decode([loaded.stop]), "", [
-        Message("user", {"content": USER}), Message("assistant", {"content": ANSWER})]
+    stop, system = loaded.encoding.decode([loaded.stop]), ""
     alone, *rest = go_text(loaded.spec, stop).split(USER)
     begin = alone
     if loaded.is_chat():
@@ -135,6 +134,7 @@ def modelfile(name, loaded):
     wording = LAST + "{{ $last }}".join([begin, *rest])
     if loaded.keeps_turns():
         with contextlib.suppress(UserError):  # some templates hold one question
+            earlier = Message("user", {"content": USER}), Message("assistant", {"content": ANSWER})
             text = go_text(loaded.spec, stop, earlier=earlier)
             _, asked, answered, end = re.split(f"[{USER}{ANSWER}]", text)
             # what comes after `asked` opens the new answer alone; some templates put the system prompt last
