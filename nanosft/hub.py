@@ -5,6 +5,7 @@ is `owner/name`.
 """
 import os
 import re
+from collections import ChainMap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,22 +47,20 @@ def shards_of(index):
 
 def cached(repository):
     """The directory of a repository in the hub's cache, if it holds a configuration and all weights; else None."""
-    try:
-        commit = (folder_of(repository) / "refs" / "main").read_text().strip()
-    except OSError:
+    main = folder_of(repository) / "refs" / "main"
+    if not main.is_file():
         return None
-    directory = folder_of(repository) / "snapshots" / commit
-    whole = any((directory / name).is_file() for name in (
-        "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors"))
-    if not whole and (directory / INDEX).is_file():
-        whole = all(file.is_file() for file in shards_of(directory / INDEX))
+    directory = folder_of(repository) / "snapshots" / main.read_text().strip()
+    weights = ("model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", INDEX)
+    whole = any((directory / name).is_file() and all(map(Path.is_file, weight_files(directory / name)))
+                for name in weights)
     described = any((directory / name).is_file() for name in ("config.json", "adapter_config.json"))
     return directory if whole and described else None
 
 
 def ask(url):
-    """(answer to a GET, the headers on the way to it that tell a commit and a hash, or its own). The user's token goes
-    to the hub alone, and not along when that sends on to another host."""
+    """The answer to a GET, of any status. The user's token goes to the hub alone, and not along when that sends on to
+    another host."""
     import requests  # comes with tiktoken
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{url} is not in the cache and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")
@@ -71,50 +70,41 @@ def ask(url):
         token = path.read_text()
     if token.strip() and url.startswith(f"{endpoint()}/"):
         headers["Authorization"] = f"Bearer {token.strip()}"
-    netrc, os.environ["NETRC"] = os.environ.get("NETRC"), os.devnull  # what it says would take the token's place
-    try:
-        response = requests.get(url, headers=headers, stream=True, timeout=30)
-    finally:
-        del os.environ["NETRC"]
-        os.environ.update({"NETRC": netrc} if netrc else {})
-    response.raise_for_status()
-    told = [one.headers for one in response.history if "X-Repo-Commit" in one.headers
-            and ("X-Linked-Etag" in one.headers or "ETag" in one.headers)]
-    return response, [*told, response.headers][0]
+    session = requests.Session()
+    settings = session.merge_environment_settings(url, {}, True, None, None)  # the user's proxies and certificates
+    session.trust_env = False  # but no netrc, which would take the token's place
+    return session.get(url, headers=headers, timeout=30, **settings)
 
 
 def save(response, path, title, digest=""):
     """Writes an answer into a file, wholly or not at all. digest: its SHA-256, which the hub tells of a large file."""
+    response.raise_for_status()
+    response.raw.enforce_content_length = True  # urllib3 1 takes an answer that was cut short
     path.parent.mkdir(parents=True, exist_ok=True)
-    with response, atomic_file(path) as file:
+    with atomic_file(path) as file:
         for piece in response.iter_content(1 << 20):
             file.write(piece)
             status(f"downloading {title}: {file.tell() / 1e6:,.0f} MB")
         file.flush()
-        received = response.raw.tell()  # in bytes as they came; a proxy may have packed them
-        if received != int(response.headers.get("Content-Length") or received):
-            raise ValueError(f"{title} came cut short")
         if len(digest) == 64 and sha256_of(file.name) != digest:
             raise ValueError(f"{title} came damaged")
 
 
 def fetch(repository, file, commit="main"):
     """The path of a repository's file in the cache, downloaded if need be; None where the hub lacks it."""
-    folder, title = folder_of(repository), f"{repository}/{file}"
-    try:
-        response, told = ask(f"{endpoint()}/{repository}/resolve/{commit}/{file}")
-    except OSError as error:
-        if code_of(error) == 404:
+    title = f"{repository}/{file}"
+    with ask(f"{endpoint()}/{repository}/resolve/{commit}/{file}") as response:
+        if response.status_code == 404:
             return None
-        raise
-    commit, digest = told.get("X-Repo-Commit", ""), told.get("X-Linked-Etag", "").strip('"')
-    if not re.fullmatch("[0-9a-f]{40}", commit):
-        raise ValueError(f"the hub tells no commit of {title}")
-    path = folder / "snapshots" / commit / file
-    if not path.is_file():
-        save(response, path, title, digest)
-    response.close()
-    return path
+        response.raise_for_status()
+        told = ChainMap(*(answer.headers for answer in (*response.history, response)))  # the hub's before its storage's
+        commit, digest = told.get("X-Repo-Commit", ""), told.get("X-Linked-Etag", "").strip('"')
+        if not re.fullmatch("[0-9a-f]{40}", commit):
+            raise ValueError(f"the hub tells no commit of {title}")
+        path = folder_of(repository) / "snapshots" / commit / file
+        if not path.is_file():
+            save(response, path, title, digest)
+        return path
 
 
 @contextmanager
@@ -125,17 +115,12 @@ def explained(repository):
     except UserError:
         raise
     except (OSError, ValueError) as error:
-        code = code_of(error)
+        code = getattr(getattr(error, "response", None), "status_code", None)  # of an answer that requests refused
         if code in (401, 403):
             raise UserError(f"the hub refuses {repository} ({code}): check the name; accept the licence on its page, "
                             "if it has one, and set HF_TOKEN to a token that may read it") from None
         raise UserError(f"the download of {repository} failed ({str(error)[:100] or type(error).__name__}); check the "
                         "name and the network and try again, or name the path of a copy instead") from None
-
-
-def code_of(error):
-    """The status of the answer that an error of requests is about, or None."""
-    return getattr(getattr(error, "response", None), "status_code", None)
 
 
 def download(repository):
@@ -208,7 +193,9 @@ def dataset_files(name):
         raise UserError(f"hf:{name} is no data set; write hf:owner/name, hf:owner/name:split or with :config:split")
     if not listing.is_file():
         with explained(repository):
-            configs = ask(f"{endpoint()}/api/datasets/{repository}/parquet")[0].json()
+            response = ask(f"{endpoint()}/api/datasets/{repository}/parquet")
+            response.raise_for_status()
+            configs = response.json()
         if not is_listing(configs):
             raise UserError(f"the hub's list of {repository}'s files is not as expected; name the path of a copy")
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,7 +211,7 @@ def dataset_files(name):
         paths.append(folder / config / split / f"{number:04d}.parquet")
         if not paths[-1].is_file():
             with explained(repository):
-                save(ask(url)[0], paths[-1], f"{repository} {config} {split} {number}")
+                save(ask(url), paths[-1], f"{repository} {config} {split} {number}")
     return paths
 
 

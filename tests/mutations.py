@@ -101,7 +101,7 @@ MUTATIONS = {
             return'''),
     "NaN the best by answers": ('''reached > best and not math.isnan(state.val_loss)''', '''reached > best'''),
     "another vocabulary for GPT-2's": ('''if init_from != meta["model"] and has_other''', '''if False and has_other'''),
-    "the token of a netrc": ('''os.environ.get("NETRC"), os.devnull''', '''os.environ.get("NETRC"), os.path.expanduser("~/.netrc")'''),
+    "the token of a netrc": ('''session.trust_env = False''', '''pass'''),
     "a platform without a compiler": ('''            if not run.compiles:
                 raise''', '''            raise'''),
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
