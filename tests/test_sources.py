@@ -382,6 +382,10 @@ def test_data_sets_by_name_are_downloaded_once(hub, tmp_path, monkeypatch):
         questions_of("hf:gated/name")
     monkeypatch.setenv("HF_TOKEN", "right")
     assert len(questions_of("hf:gated/name")) == 2 and hub.requests[-1][1] == "Bearer right"
+    elsewhere = f"{hub.url.replace('127.0.0.1', 'localhost')}/datasets/default/train/0.parquet"
+    hub.listing = {"default": {"train": [elsewhere]}}
+    assert len(questions_of("hf:other/name")) == 1 and hub.requests[-1][1] is None  # the token is the hub's alone
+    hub.listing = None
     meta = prepared(tmp_path, input="hf:owner/name", val_input="hf:owner/name:test", out_dir="")
     assert meta["train"]["examples"] == meta["val"]["examples"] == 2
 
