@@ -114,9 +114,12 @@ class LoadedModel:
     def keeps_turns(self):
         return self.is_chat() and (self.spec["template"] == "model" or self.spec.get("turns") != "one")
 
+    def prompt(self, messages):
+        """The segments that stand before the answer, by the renderer that made the training data."""
+        return templates.render(as_trained(messages, self.spec), self.spec)
+
     def prompt_ids(self, messages):
-        """The ids that stand before the answer, by the renderer that made the training data."""
-        return templates.encode(templates.render(as_trained(messages, self.spec), self.spec), self.encoding)[0]
+        return templates.encode(self.prompt(messages), self.encoding)[0]
 
     def generate(self, prompts, config):
         """Yields, step by step, a list with the next id of each row's answer; None after its end."""

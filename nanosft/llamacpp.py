@@ -10,7 +10,7 @@ from model import rotary_speeds
 from nanosft.console import UserError
 from nanosft.files import atomic_file, read_json
 from nanosft.records import Message, columns_of
-from nanosft.templates import EOT, chat_template, render
+from nanosft.templates import EOT, chat_template
 from nanosft.tokenizer import DIGITS, GPT2, LLAMA3, QWEN
 from nanosft.weights import family_of, file_name
 
@@ -68,6 +68,7 @@ def write_gguf(path, loaded, kind):
     columns = columns_of(loaded.spec["prompt_format"])
     if len(columns) > 1:
         print(f"Ollama asks one question: word the columns of each as in {loaded.spec['prompt_format']!r}")
+        loaded = dataclasses.replace(loaded, spec={**loaded.spec, "prompt_format": "{text}"})
     with atomic_file(path.parent / "Modelfile") as file:
         file.write(modelfile(path.name, loaded).encode())
     name, file = path.stem.lower().replace(" ", "-"), shlex.quote(str(path.parent / "Modelfile"))
@@ -125,20 +126,20 @@ def modelfile(name, loaded):
     """The prompts of training in Ollama's words, and what ends an answer. Ollama puts the whole conversation through
     such a template. A model that keeps no turns answers the last question by itself, here as in sample.py."""
     stop, system = loaded.encoding.decode([loaded.stop]), ""
-    alone, *rest = go_text(loaded.spec, stop).split(USER)
+    alone, *rest = go_text(loaded, stop).split(USER)
     begin = alone
     if loaded.is_chat():
         with contextlib.suppress(UserError):  # some templates hold no system prompt
-            system = go_text(loaded.spec, stop, SYSTEM).split(USER)[0]
+            system = go_text(loaded, stop, SYSTEM).split(USER)[0]
             begin = f"{{{{ if .System }}}}{system}{{{{ else }}}}{alone}{{{{ end }}}}".replace(SYSTEM, "{{ .System }}")
     wording = LAST + "{{ $last }}".join([begin, *rest])
     if loaded.keeps_turns():
         with contextlib.suppress(UserError):  # some templates hold one question
             earlier = Message("user", {"content": USER}), Message("assistant", {"content": ANSWER})
-            text = go_text(loaded.spec, stop, earlier=earlier)
+            text = go_text(loaded, stop, earlier=earlier)
             _, asked, answered, end = re.split(f"[{USER}{ANSWER}]", text)
             # what comes after `asked` opens the new answer alone; some templates put the system prompt last
-            if end.startswith(asked) and (not system or go_text(loaded.spec, stop, SYSTEM, earlier)
+            if end.startswith(asked) and (not system or go_text(loaded, stop, SYSTEM, earlier)
                                           == system + text.removeprefix(alone)):
                 turns = TURN.format("user", asked) + TURN.format("assistant", answered)
                 wording = f"{begin}{{{{ range .Messages }}}}{turns}{{{{ end }}}}{end.removeprefix(asked)}"
@@ -146,21 +147,13 @@ def modelfile(name, loaded):
             f'TEMPLATE """{wording}"""\n')
 
 
-def go_text(spec, stop, system="", earlier=()):
-    """What stands before an answer, by the renderer that made the training data, as literal text of Go's language for
-    templates."""
-    role, columns = "user", ["content"]
-    if spec["template"] == "text":
-        role, columns = "opening", ["text"]
-    elif spec["response_format"] or not spec["template"]:
-        role, columns = "prompt", columns_of(spec["prompt_format"]) or ["text"]
-    if len(columns) > 1:  # Ollama has one question: it is all that is worded
-        spec, columns = {**spec, "prompt_format": "{text}"}, ["text"]
+def go_text(loaded, stop, system="", earlier=()):
+    """What stands before an answer, as literal text of Go's language for templates."""
     before = [Message("system", {"content": system})] if system else []
-    segments = render([*before, *earlier, Message(role, dict.fromkeys(columns, USER))], spec)
+    segments = loaded.prompt([*before, *earlier, Message("user", {"content": USER, "input": ""})])
     text = "".join(stop if text is EOT else text for text, _ in segments)
-    if spec.get("starts_with_bos"):
-        text = text.removeprefix(spec["bos_token"])  # llama.cpp puts it first by itself
+    if loaded.spec.get("starts_with_bos"):
+        text = text.removeprefix(loaded.spec["bos_token"])  # llama.cpp puts it first by itself
     for mark in ("{", '"""'):  # these are Go's and the Modelfile's own
         text = text.replace(mark, f"{{{{ {json.dumps(mark)} }}}}")
     return text

@@ -155,7 +155,7 @@ MUTATIONS = {
     "a pair as a text": ('''if roles[0] == "prompt" and template != "text":''', '''if roles[0] == "prompt":'''),
     "formats before a chat's turns": ('''    if template == "chat":\n''', '''    if template == "chat" and prompt is None:\n'''),
     "a bare model without its beginning": ('''[(begin, False), *segments] if spec.get("starts_with_bos") else''', ''''''),
-    "no wording in Ollama's prompt": ('''elif spec["response_format"] or not spec["template"]:''', '''elif not spec["template"]:'''),
+    "no wording in Ollama's prompt": ('''segments = loaded.prompt([*before,''', '''segments = [(USER, False)] or loaded.prompt([*before,'''),
     # what a hunt by hand found that no test noticed
     "a relative base not found from elsewhere by LoRA": ('''        changes.setdefault("init_from", values["base"]["name"])''', '''        pass'''),
     "a penalty by another row's ids": ('''seen = seen[left]''', '''seen = seen[:len(left)]'''),
@@ -183,7 +183,7 @@ TESTS = {"prepare_data.py": ["sources", "prepare_data"], "model.py": ["model", "
          "optimizer.py": ["optimizer", "train"], "records.py": ["sources", "prepare_data", "sample"], "sources.py": ["sources"], "llamacpp.py": ["llamacpp"],
          "report.py": ["train"], "pace.py": ["train"], "pictures.py": ["train"],
          "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
-         "hub.py": ["weights"], "tokenizer.py": ["tokenizer"], "chat_template.py": ["chat_template"],
+         "hub.py": ["weights", "sources"], "tokenizer.py": ["tokenizer"], "chat_template.py": ["chat_template"],
          "templates.py": ["prepare_data", "sources", "sample"], "weights.py": ["weights", "model", "lora"]}
 
 
