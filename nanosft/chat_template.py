@@ -8,6 +8,7 @@ that are tokens of their own.
 import json
 import re
 from functools import lru_cache, partial
+from itertools import pairwise
 from pathlib import Path
 
 from nanosft.console import UserError
@@ -64,22 +65,19 @@ def render_roles(source, roles, bos, eos, specials):
     whose ordinary texts are format strings, {0} is the first content, with the number of the answer that they are part
     of, or 0."""
     text = render(source, roles, roles[-1] != "assistant", bos, eos)
-    chunks, start = [], 0  # each but the first is an answer, and what follows up to the end of the next one's prompt
+    ends = [0]  # of the prompts; from each an answer goes on, with what follows up to the next end
     for index, role in enumerate(roles):
         if role == "assistant":
             prompt = render(source, roles[:index], True, bos, eos)
-            if not text.startswith(prompt):
-                if roles[-1] != "assistant":
-                    continue  # in a prompt nothing is learned, and a template may have shortened earlier answers
+            if text.startswith(prompt):
+                ends.append(len(prompt))
+            elif roles[-1] == "assistant":  # in a prompt a template may have shortened earlier answers
                 raise Unusable(UNFIT, f"its prompt is not the beginning of {' + '.join(roles)}; {REMEDY}")
-            chunks.append(prompt[start:])
-            start = len(prompt)
-    chunks.append(text[start:])
     strips, segments = [], []
     longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
-    for number, chunk in enumerate(chunks):
+    for number, (start, stop) in enumerate(pairwise([*ends, len(text)])):
         answered, ordinary = False, ""  # `number` becomes 0 where its answer has ended
-        for piece in re.split(f"({'|'.join([PLACEHOLDER, *longest_first])})", chunk):
+        for piece in re.split(f"({'|'.join([PLACEHOLDER, *longest_first])})", text[start:stop]):
             if piece in specials:
                 segments += [(ordinary, number), (Special(piece), number)]
                 number, ordinary = 0 if answered else number, ""

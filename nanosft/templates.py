@@ -94,8 +94,7 @@ def render_answer(text, spec):
     if spec["template"] != "model":
         return [(text, True), (EOT, True)]
     messages = [Message("user", {"content": ""}), Message("assistant", {"content": text})]
-    prompt, whole = (render_chat_template(messages[:count], spec) for count in (1, 2))
-    return [(text, learned) for text, learned in whole[len(prompt):] if learned]
+    return [(text, learned) for text, learned in render_chat_template(messages, spec) if learned]
 
 
 def around_answer(spec):
@@ -224,11 +223,8 @@ def chat_template(spec):
     columns = columns_of(spec["prompt_format"])
     if spec["template"] in ("", "text") or len(columns) > 1 or (spec["response_format"] and not columns):
         return None
-    mark = "\0"
-    wording = alpaca_prompt(mark, "")
-    if columns:
-        wording = NAME.sub(mark, spec["prompt_format"])
-    pieces = [f"{{{{ {json.dumps(piece, ensure_ascii=False)} }}}}" for piece in wording.split(mark)]
+    wording = NAME.sub("\0", spec["prompt_format"]) if columns else alpaca_prompt("\0", "")
+    pieces = [f"{{{{ {json.dumps(piece, ensure_ascii=False)} }}}}" for piece in wording.split("\0")]
     bos = "{{ bos_token }}" if spec.get("starts_with_bos") else ""
     return (REFUSE + bos + "{{ messages[0]['content'] }}".join(pieces)
             + "{% if messages | length == 2 %}{{ messages[1]['content'] + eos_token }}{% endif %}")
