@@ -36,8 +36,6 @@ class Tokenizer(tiktoken.Encoding):
                            for part in self.added_pattern.split(text))
         if self.added:
             return self.encode(text, allowed_special=self.added, disallowed_special=())
-        if not self.lacking:
-            return super().encode_ordinary(text)
         data = text.encode(errors="replace")
         if data.translate(None, self.lacking) == data:
             return super().encode_ordinary(text)

@@ -29,6 +29,7 @@ NUMBERS = {
               "head_dim": "head_dim", "n_inner": "intermediate_size"}}
 NUMBERS |= dict.fromkeys(("qwen2", "qwen3"), NUMBERS["llama"])
 PADDING = 512  # a model may have fewer than these ids that its tokenizer lacks, for speed; Qwen has up to 399
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")  # Llama 3's
 LLAMA = dict(fused_qkv=False, gated_mlp=True, bias=False, rms_norm=True)  # in GPTConfig
 PREFIXES = re.compile(r"^((transformer|model|module|_orig_mod)\.)+")  # those that some files lack or add
 RENAMED = {"wte.": "embed_tokens.", "h.": "layers.", "ln_1.": "input_layernorm.", "ln_2.": "post_attention_layernorm.",
@@ -104,19 +105,16 @@ def read_config(path):
     rope = values.get("rope_scaling") or values.get("rope_parameters") or {}  # the older name counts more
     if not isinstance(rope, dict):
         raise UserError(f"{path}: rope_parameters or rope_scaling is {rope!r}; download or write it again")
-    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
-    theta = rope.get("rope_theta") or values.get("rope_theta") or 10000.0
-    if kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        scaling = {"rope_type": kind, **{name: rope.get(name) for name in names}}
-        theta = theta if all(isinstance(scaling[name], int | float) for name in names) else None
-    elif kind != "default":
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
         raise UserError(f"{path}: rope_type is {kind!r}; only default and llama3 are supported: take another {family}")
-    epsilon = values.get("rms_norm_eps", 1e-6)
-    if not all(isinstance(number, int | float) and number > 0 for number in (theta, epsilon)):
+    scaling = {name: rope.get(name) for name in SCALING} if kind == "llama3" else {}
+    theta, epsilon = rope.get("rope_theta") or values.get("rope_theta") or 10000.0, values.get("rms_norm_eps", 1e-6)
+    if not all(isinstance(number, int | float) and number > 0 for number in (theta, epsilon, *scaling.values())):
         raise UserError(f"{path}: rms_norm_eps, rope_theta or rope_scaling is no number; download or write it again")
-    flags = {**LLAMA, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3"}
-    return family, {**flags, **numbers, "norm_eps": epsilon, "rope_theta": float(theta), "rope_scaling": scaling,
+    return family, {**LLAMA, "qkv_bias": family == "qwen2", "qk_norm": family == "qwen3", **numbers,
+                    "norm_eps": epsilon, "rope_theta": float(theta),
+                    "rope_scaling": {"rope_type": kind, **scaling} if scaling else None,
                     "tied_head": bool(values.get("tie_word_embeddings", False))}
 
 
