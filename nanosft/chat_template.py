@@ -46,7 +46,7 @@ def render_chat_template(messages, spec):
     others give the prompt for sampling, which is the beginning of that example, token for token: a text ends where a
     prompt does. What follows is supervised, up to the first special token after the answer."""
     roles = tuple(message.role for message in messages)
-    learned = [True, *(message.learned for role, message in zip(roles, messages, strict=True) if role == "assistant")]
+    learned = [True, *(message.learned for message in messages if message.role == "assistant")]
     strips, segments = render_roles(spec["chat_template"], roles, spec["bos_token"], spec["eos_token"],
                                     tuple(spec["special_tokens"]))
     contents = [strip("\n\n".join(filter(None, message.fields.values())))
@@ -61,9 +61,8 @@ def render_chat_template(messages, spec):
 
 @lru_cache(maxsize=1000)
 def render_roles(source, roles, bos, eos, specials):
-    """(strips, segments): for each message the function that does to its content what the template does, and segments
-    whose ordinary texts are format strings, {0} is the first content, with the number of the answer that they are part
-    of, or 0."""
+    """(strips, segments): for each message what the template does to its content, as a function; and (text, number)s, a
+    Special or a format string ({0} is the first content) with the number of the answer that it is in, or 0."""
     text = render(source, roles, roles[-1] != "assistant", bos, eos)
     ends = [0]  # of the prompts; from each an answer goes on, with what follows up to the next end
     for index, role in enumerate(roles):

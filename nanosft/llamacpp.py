@@ -91,8 +91,7 @@ def add_tokenizer(writer, gguf, loaded):
     encoding, values = loaded.encoding, read_json(Path(loaded.directory) / "tokenizer.json")
     pre = PRE_TOKENIZERS.get(getattr(encoding, "pattern", GPT2))
     if not pre:
-        raise UserError(f"--export: llama.cpp has no name for the pre-tokenizer of {loaded.directory}; "
-                        "export a directory instead")
+        raise UserError(f"--export: llama.cpp lacks {loaded.directory}'s pre-tokenizer; export a directory instead")
     ids, kind = range(loaded.model.config.vocab_size), gguf.TokenType
     texts = {token: text for text, token in values["model"]["vocab"].items()}
     kinds = dict.fromkeys(texts, kind.NORMAL)

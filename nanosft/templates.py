@@ -74,8 +74,7 @@ def as_turns(messages):
 
 
 def render_chat(messages):
-    """One end-of-text stands between two turns: it closes one, supervised if that is an answer to learn, and opens the
-    next."""
+    """One end-of-text between two turns closes one, supervised if that is an answer to learn, and opens the next."""
     segments, learned = [], False
     for role, fields, is_learned in messages:
         content = "\n\n".join(filter(None, fields.values()))

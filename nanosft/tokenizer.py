@@ -57,8 +57,7 @@ def has_other_vocabulary(directory, data_dir=""):
 
 
 def read_tokenizer(path):
-    """The Tokenizer of a tokenizer.json. It gives every text the ids that the library `tokenizers` gives; where it
-    cannot, a UserError names what differs."""
+    """The Tokenizer of a tokenizer.json, with the ids of the library `tokenizers`; UserError for what would differ."""
     values = read_json(path)
     try:
         return convert(Path(path), values)

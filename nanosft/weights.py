@@ -129,14 +129,14 @@ def config_from(state, path):
                         "...; other models need their config.json beside it") from None
     if n_embd % 64:
         raise UserError(f"{path}: n_embd={n_embd} is no multiple of 64; put the model's config.json beside it")
-    return checked(dict(zip(NUMBERS["gpt2"], (block_size, vocab_size, n_layer, n_embd // 64, n_embd), strict=True)),
-                   path)
+    return checked({"block_size": block_size, "vocab_size": vocab_size, "n_layer": n_layer, "n_head": n_embd // 64,
+                    "n_embd": n_embd}, path)
 
 
 def write_config(path, config, dtype):
     family = family_of(config)
     values = {"architectures": ["GPT2LMHeadModel" if family == "gpt2" else f"{family.capitalize()}ForCausalLM"],
-              **ARCHITECTURE[family], "torch_dtype": str(dtype)[6:],
+              **ARCHITECTURE[family], "torch_dtype": str(dtype).removeprefix("torch."),
               "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id,
               **{theirs: getattr(config, ours) for ours, theirs in NUMBERS[family].items()}}
     if family == "gpt2":
@@ -149,8 +149,11 @@ def write_config(path, config, dtype):
 
 # ---- weights --------------------------------------------------------------------------------------------------------
 
-def read_saved(path):
-    """(pairs of name and tensor, GPTConfig's numbers or None) of a state dict, alone or in nanoGPT's checkpoint."""
+def read_tensors(path):
+    """(pairs of name and tensor, GPTConfig's numbers or None) of a .safetensors file, of several with an index, or of a
+    state dict, alone or in nanoGPT's checkpoint."""
+    if path.suffix not in PICKLES:
+        return (pair for file in weight_files(path) for pair in read_safetensors(file)), None
     saved, numbers = read_pickle(path), None
     try:
         if "model_args" in saved:
@@ -177,13 +180,10 @@ def lay(state):
 
 
 def read_pretrained(path, dtype):
-    """(state, values) of a model in a .safetensors file, one of torch.save's, or several with an index: its tensors in
-    `dtype` with the names and shapes of model.py's parameters, if it is one, and its GPTConfig's values."""
-    config, state, family, values = path.parent / "config.json", {}, "gpt2", None
-    if path.suffix in PICKLES:
-        tensors, values = read_saved(path)
-    else:
-        tensors = (pair for file in weight_files(path) for pair in read_safetensors(file))
+    """(state, values) of a model's weights file, or index: its tensors in `dtype` with the names and shapes of
+    model.py's parameters, if it is one, and its GPTConfig's values."""
+    config, state, family = path.parent / "config.json", {}, "gpt2"
+    tensors, values = read_tensors(path)
     if config.exists() and not values:
         family, values = read_config(config)
     for name, tensor in tensors:
@@ -236,7 +236,7 @@ def read_adapter(directory, config):
         raise UserError(f"{directory}: r={rank!r}, lora_alpha={alpha!r}, lora_dropout={dropout!r} in "
                         "adapter_config.json make no adapter; write or download it again")
     old, new = (Path(directory) / f"adapter_model.{kind}" for kind in ("bin", "safetensors"))
-    for name, tensor in read_saved(old)[0] if old.exists() and not new.exists() else read_safetensors(new):
+    for name, tensor in read_tensors(old if old.exists() and not new.exists() else new)[0]:
         match = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[AB])\.weight", name)
         if not match or match[1].endswith("lm_head"):
             raise UserError(f"{directory}: the adapter holds {name}; expected lora_A and lora_B of linear layers in "

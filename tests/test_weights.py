@@ -17,7 +17,7 @@ from model import GPT
 from nanosft.console import UserError
 from nanosft.hub import INDEX, locate
 from nanosft.tensors import read_safetensors, write_safetensors
-from nanosft.weights import TRANSPOSED, read_saved
+from nanosft.weights import TRANSPOSED, read_tensors
 
 
 def with_config(path, model, change):
@@ -45,11 +45,9 @@ def test_tensors_that_were_taken_are_held_by_nobody_else(name, tmp_path):
     state, seen = {str(i): torch.randn(9) for i in range(5)}, []
     if name.endswith(".bin"):
         torch.save(state, tmp_path / name)
-        tensors = read_saved(tmp_path / name)[0]
     else:
         write_safetensors(tmp_path / name, state)
-        tensors = read_safetensors(tmp_path / name)
-    for _, tensor in tensors:
+    for _, tensor in read_tensors(tmp_path / name)[0]:
         seen.append(weakref.ref(tensor))
         assert all(earlier() is None for earlier in seen[:-1])
 
