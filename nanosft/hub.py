@@ -37,12 +37,14 @@ def endpoint():
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
 
 
-def shards_of(index):
-    """The files that an index, of this path, names."""
-    names = read_json(index).get("weight_map")
+def weight_files(path):
+    """What locate has found, or the files that it names where it is their index."""
+    if path.name != INDEX:
+        return [path]
+    names = read_json(path).get("weight_map")
     if not isinstance(names, dict) or not all(re.fullmatch(r"[\w.-]+", str(name)) for name in names.values()):
-        raise UserError(f"{index} names no files; download or write it again")
-    return [index.parent / name for name in sorted(set(map(str, names.values())))]
+        raise UserError(f"{path} names no files; download or write it again")
+    return [path.parent / name for name in sorted(set(map(str, names.values())))]
 
 
 def cached(repository):
@@ -135,7 +137,7 @@ def download(repository):
             fetch(repository, file, commit)
         weights = config.name.replace("config.json", "model.safetensors")
         if not fetch(repository, weights, commit) and fetch(repository, INDEX, commit):
-            for path in shards_of(config.parent / INDEX):
+            for path in weight_files(config.parent / INDEX):
                 fetch(repository, path.name, commit)
         (folder_of(repository) / "refs").mkdir(exist_ok=True)
         (folder_of(repository) / "refs" / "main").write_text(commit)
@@ -174,11 +176,6 @@ def locate(name_or_path):
         raise UserError(f"no model {name_or_path!r}: expected {', '.join(SIZES)}, owner/name on the hub, a directory "
                         "or file of weights, nanoGPT's ckpt.pt, or an out_dir of train.py, once that has run")
     return path
-
-
-def weight_files(path):
-    """What locate has found, or the files that it names where it is their index."""
-    return shards_of(path) if path.name == INDEX else [path]
 
 
 # ---- data sets ------------------------------------------------------------------------------------------------------
