@@ -1,7 +1,6 @@
 """Where a model lies: on disk, or on the Hugging Face hub, in the hub's usual cache; and the hub's data sets.
 
-HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_TOKEN_PATH mean what they mean there. A repository
-is `owner/name`.
+HF_HUB_CACHE, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN and HF_TOKEN_PATH mean what they mean there.
 """
 import os
 import re
@@ -61,8 +60,7 @@ def cached(repository):
 
 
 def ask(url):
-    """The answer to a GET, of any status. The user's token goes to the hub alone, and not along when that sends on to
-    another host."""
+    """The answer to a GET, of any status. The user's token goes to the hub, not to a host that this sends on to."""
     import requests  # comes with tiktoken
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         raise UserError(f"{url} is not in the cache and HF_HUB_OFFLINE is set; unset it, or name the path of a copy")

@@ -36,7 +36,6 @@ def write_gguf(path, loaded, kind):
         if there.exists():
             raise UserError(f"--export={path}: {there} is there already; name a file in another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    type_of = gguf.GGMLQuantizationType
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family_of(config).upper()], config.n_layer)  # by those in files
     with atomic_file(path) as file:
         writer = gguf.GGUFWriter(file.name, family_of(config))
@@ -54,10 +53,11 @@ def write_gguf(path, loaded, kind):
                     # each head's rows in llama.cpp's order: the pairs that rotary positions turn are neighbours there,
                     # and half a head apart in Hugging Face's files
                     tensor = tensor.view(heads, 2, -1, tensor.size(-1)).transpose(1, 2).reshape(tensor.shape)
-            is_small = tensor.dim() == 1 or name.startswith("wpe")
-            data_type = type_of.F32 if is_small else getattr(type_of, kind.upper())
-            if data_type == type_of.Q8_0 and tensor.size(-1) % 32:  # it counts in blocks of 32
-                data_type = type_of.F16
+            data_type = gguf.GGMLQuantizationType[kind.upper()]
+            if tensor.dim() == 1 or name.startswith("wpe"):
+                data_type = gguf.GGMLQuantizationType.F32
+            elif kind == "q8_0" and tensor.size(-1) % 32:  # it counts in blocks of 32
+                data_type = gguf.GGMLQuantizationType.F16
             data = gguf.quants.quantize(tensor.contiguous().numpy(), data_type)
             name = names.get_name(file_name(config, name), try_suffixes=(".weight", ".bias"))
             writer.add_tensor(name, data, raw_dtype=data_type)
