@@ -46,7 +46,7 @@ def render_chat_template(messages, spec):
     others give the prompt for sampling, which is the beginning of that example, token for token: a text ends where a
     prompt does. What follows is supervised, up to the first special token after the answer."""
     roles = tuple(message.role for message in messages)
-    learned = [True, *(message.learned for message in messages if message.role == "assistant")]
+    learned = [False, *(message.learned for message in messages if message.role == "assistant")]  # of 0: no answer
     strips, segments = render_roles(spec["chat_template"], roles, spec["bos_token"], spec["eos_token"],
                                     tuple(spec["special_tokens"]))
     contents = [strip("\n\n".join(filter(None, message.fields.values())))
@@ -55,7 +55,7 @@ def render_chat_template(messages, spec):
     if rewrites and any(role == "assistant" and "</think>" in content
                         for role, content in zip(roles, contents, strict=True)):
         raise Unusable("an answer with a thought, which the chat template would take apart", REMEDY)
-    return [(text if isinstance(text, Special) else text.format(*contents), number > 0 and learned[number])
+    return [(text if isinstance(text, Special) else text.format(*contents), learned[number])
             for text, number in segments]
 
 

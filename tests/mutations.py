@@ -18,7 +18,7 @@ MUTATIONS = {
     "mask ignored": ('''np.where(example["flags"][1:] & SUPERVISED,''', '''np.where(example["flags"][1:] < 9,'''),
     "stop not supervised": ('''(Special(piece), number)]''', '''(Special(piece), 0)]'''),
     "stop of alpaca not supervised": ('''(EOT, messages[1].learned)]''', '''(EOT, False)]'''),
-    "prompt supervised": ('''number > 0 and learned[number])''', '''learned[number])'''),
+    "prompt supervised": ('''learned = [False, *(''', '''learned = [True, *('''),
     "special text encoded as special": ('''part = encoding.encode_ordinary(text)''', '''part = encoding.encode(text, allowed_special="all")'''),
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
     "checksum of a shard not verified": ('''or crc32_of(path) != checksum:''', '''or not crc32_of(path):'''),
