@@ -65,7 +65,7 @@ def is_missing(value):
     """Whether a field says that there is nothing: null, white space, an empty list, or the NaN that pandas writes."""
     if isinstance(value, str):
         return not value or value.isspace()
-    return value is None or value != value or isinstance(value, list | dict) and not value
+    return value in (None, [], {}) or value != value
 
 
 def is_text(part):
@@ -79,7 +79,7 @@ def text_of(value, name):
     if isinstance(value, str):
         return whole(value, name)
     if isinstance(value, bool):
-        return "true" if value else "false"
+        return json.dumps(value)
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
         return whole(value[0], name)
     if isinstance(value, list) and value and all(isinstance(part, dict) for part in value):
@@ -143,9 +143,8 @@ def by_formats(record, spec, answered):
         return [Message("text", {"text": fill(spec["response_format"], record, "response_format")})], rest
     fill(spec["prompt_format"], record, "prompt_format")  # refuses what it cannot word
     messages = [Message("prompt", {name: record[name] for name in columns})]
-    if any(name in record and is_missing(record[name]) for name in answers):
-        return messages, rest
-    if answered or all(name in record for name in answers):
+    is_empty = any(name in record and is_missing(record[name]) for name in answers)
+    if not is_empty and (answered or all(name in record for name in answers)):
         messages.append(Message("completion", {"text": fill(spec["response_format"], record, "response_format")}))
     return messages, rest
 
@@ -167,7 +166,7 @@ def by_names(record):
         messages = [Message("text", {"text": text_of(rest.pop("text"), "text")})]
     else:
         for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):
-            if any(name in rest for name in NAMES[kind]):
+            if not rest.keys().isdisjoint(NAMES[kind]):
                 raise Unusable(reason)
         raise Unusable("unknown kind of record", f"{', '.join(map(repr, record)) or 'no fields'}; {EXPECTED}")
     return messages, {lower.get(name, name): value for name, value in rest.items()}
@@ -176,21 +175,20 @@ def by_names(record):
 def question_and_answer(asked, question, rest):
     """The messages of a question, under the name `asked`, and of what `rest` has with it."""
     name, answer = take(rest, "answer")
+    beside = any(not is_missing(rest.get(name)) for kind in ("system", "history", "context") for name in NAMES[kind])
+    role = "assistant"
     if is_conversation(question):  # TRL's: what comes before the completion is seen
         messages = [message._replace(learned=False) for message in conversation(question, asked, rest)]
+        messages = with_system(messages, rest)
         if is_conversation(answer):
-            messages += conversation(answer, name, rest)
-        elif name:
-            messages.append(Message("assistant", {"text": text_of(answer, name)}))
-        return with_system(messages, rest)
-    beside = any(not is_missing(rest.get(name)) for kind in ("system", "history", "context") for name in NAMES[kind])
-    if asked == "prompt" and not beside:  # a prompt and its answer stay as they are
-        messages, role, key = [Message("prompt", {asked: text_of(question, asked)})], "completion", name
+            return messages + conversation(answer, name, rest)
+    elif asked == "prompt" and not beside:  # a prompt and its answer stay as they are
+        messages, role = [Message("prompt", {asked: text_of(question, asked)})], "completion"
     else:
         context, given = take(rest, "context")
         fields = {"content": text_of(question, asked), "input": text_of(given, context) if context else ""}
-        messages, role, key = with_system([*past(rest), Message("user", fields)], rest), "assistant", "text"
-    return [*messages, Message(role, {key: text_of(answer, name)})] if name else messages
+        messages = with_system([*past(rest), Message("user", fields)], rest)
+    return [*messages, Message(role, {name: text_of(answer, name)})] if name else messages
 
 
 def is_conversation(value):
