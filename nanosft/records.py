@@ -156,13 +156,14 @@ def by_names(record):
         lower = dict(zip(record, record, strict=True))
     rest = {small: record[name] for small, name in lower.items()}
     name, turns = take(rest, "conversation")
-    answered = not rest.keys().isdisjoint(NAMES["answer"])
-    asked, question = take(rest, "question") if answered or is_missing(rest.get("text")) else (None, None)
+    has_text = not is_missing(rest.get("text"))
+    asks = not name and (not has_text or not rest.keys().isdisjoint(NAMES["answer"]))
+    asked, question = take(rest, "question") if asks else (None, None)
     if name:
         messages = with_system(conversation(turns, name, rest), rest)
     elif asked:
         messages = question_and_answer(asked, question, rest)
-    elif not is_missing(rest.get("text")):
+    elif has_text:
         messages = [Message("text", {"text": text_of(rest.pop("text"), "text")})]
     else:
         for kind, reason in (("question", "no question"), ("conversation", "no answer"), ("text", "an empty text")):

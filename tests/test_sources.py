@@ -80,6 +80,7 @@ RECORDS = {
                       [("user", "q!"), ("assistant", "a")], []),
     "messages with a system prompt beside them": ({"system": "s", "messages": turns(*ASKED)}, BRIEF, []),
     "two system prompts": ({"system": "t", "messages": OPENAI}, BRIEF, ["system"]),
+    "UltraChat": ({"prompt": "q", "messages": turns(*ASKED)}, ASKED, ["prompt"]),
     "ShareGPT": ({"conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="value")}, ASKED, []),
     "ShareGPT with a system prompt": (
         {"id": 7, "system": "s", "conversations": turns(("human", "q"), ("gpt", "a"), role="from", content="value")},
