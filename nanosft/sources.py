@@ -19,7 +19,6 @@ UNREADABLE = (ValueError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error
 KINDS = {"json": "json", "jsonl": "json", "ndjson": "json", "csv": "table", "tsv": "table", "txt": "text",
          "parquet": "parquet"}  # of a file, by the end of its name
 SEPARATOR = "<|endoftext|>"  # stands on a line of its own between two documents of a .txt file
-MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # of byte order
 KNOWN = {name for names in NAMES.values() for name in names}
 
 
@@ -37,7 +36,7 @@ def paths_of(flag, names):
     paths = []
     for name in [names] if os.path.exists(names) else filter(None, map(str.strip, names.split(","))):
         paths += files_in(flag, name)
-    if any(kind_of(path) == "text" for path in paths) and not all(kind_of(path) == "text" for path in paths):
+    if len({kind_of(path) == "text" for path in paths}) > 1:
         raise UserError(f"--{flag}: {names} has texts (.txt) and records; name one kind, as in 'folder/*.txt'")
     if not paths:
         raise UserError(f"--{flag}: {names!r} names no file; give one")
@@ -48,14 +47,13 @@ def files_in(flag, name):
     """The files behind one name, sorted. What else a directory holds is said."""
     if name.startswith("hf:") and not os.path.exists(name):
         return dataset_files(name[3:])
-    path, kinds, pattern = Path(name), " ".join(f".{end}" for end in KINDS), name
+    path, kinds = Path(name), " ".join(f".{end}" for end in KINDS)
     if path.is_file():
         if not kind_of(path):
             raise UserError(f"--{flag}: {path.name} is none of {kinds} or one of them .gz; save it so (a "
                             "spreadsheet as CSV)")
         return [path]
-    if path.is_dir():
-        pattern = f"{glob.escape(name)}/**"
+    pattern = f"{glob.escape(name)}/**" if path.is_dir() else name
     found = sorted(file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file())
     files = [file for file in found if kind_of(file)]
     if not files:
@@ -75,12 +73,13 @@ def open_text(path, encoding="", newline=""):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         head = file.read(2**20)
+    seen = json.detect_encoding(head)  # UTF-8, unless a mark or the place of zeros tells another
+    if seen != "utf-8" or is_utf8(head):
+        encoding = seen
     try:
-        if not encoding or codecs.lookup(encoding).name == "utf-8" or head.startswith(MARKS) or is_utf8(head):
-            encoding = json.detect_encoding(head)
-    except (LookupError, ValueError):
+        return opener(path, "rt", encoding=encoding or seen, newline=newline)
+    except LookupError:
         raise UserError(f"--text_encoding: Python knows no {encoding!r}; try cp1252 or utf-16") from None
-    return opener(path, "rt", encoding=encoding, newline=newline)
 
 
 def is_utf8(head):
@@ -107,13 +106,13 @@ def read_records(path, text_encoding="", separator=SEPARATOR):
                 yield f"{name}, {location}", record
     except UserError:
         raise
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}, in or after {location}: {error}; save it as UTF-8, or give its "
-                        "encoding, such as --text_encoding=cp1252") from None
-    except csv.Error as error:
-        raise UserError(f"{name}, in or after {location}: {error}; check the quotes there") from None
-    except UNREADABLE as error:
-        raise UserError(f"{name}, in or after {location}: {error}; save or download it again") from None
+    except (*UNREADABLE, csv.Error) as error:
+        remedy = "save or download it again"
+        if isinstance(error, UnicodeDecodeError):
+            remedy = "save it as UTF-8, or give its encoding, such as --text_encoding=cp1252"
+        elif isinstance(error, csv.Error):
+            remedy = "check the quotes there"
+        raise UserError(f"{name}, in or after {location}: {error}; {remedy}") from None
 
 
 # ---- JSON -----------------------------------------------------------------------------------------------------------
@@ -164,22 +163,22 @@ def records_in(value, name):
     if all(isinstance(column, dict) and column.keys() == first.keys() and all(map(str.isdigit, column))
            for column in columns):  # as pandas writes them
         return [{key: column[row] for key, column in value.items()} for row in first]
-    lists = {key: entry for key, entry in value.items() if isinstance(entry, list)}
-    records = {key: entry for key, entry in lists.items()
-               if entry and all(isinstance(record, dict) for record in entry) and not is_conversation(entry)}
-    if len(lists) == len(value) and len({*map(len, columns)}) == 1 and (known or not records):
+    lists = [key for key, entry in value.items() if isinstance(entry, list) and entry
+             and all(isinstance(record, dict) for record in entry) and not is_conversation(entry)]
+    are_columns = all(isinstance(column, list) and len(column) == len(first) for column in columns)
+    if are_columns and (known or not lists):
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    if re.search(r"\.(jsonl|ndjson)(\.gz)?$", name.lower()):  # a line is a record, whatever its fields hold
-        records = {key: records[key] for key in records.keys() & {"train", "data", "rows"}}
-    for key in ("train", "data", "rows", *records):
-        if key in records and (len(records) == 1 or key in ("train", "data", "rows")):
-            others = [other for other in value if other != key]
-            if others:
-                print(f"{name}: not used: {', '.join(others)}")
-            return records[key]
-    if records:
-        raise UserError(f"{name} holds several lists, {', '.join(records)}; save the one to train on by itself")
-    return [value]
+    chosen = [key for key in ("train", "data", "rows") if key in lists][:1]
+    if not chosen and not re.search(r"\.(jsonl|ndjson)(\.gz)?$", name.lower()):  # there a line is always a record
+        chosen = lists
+    if not chosen:
+        return [value]
+    if len(chosen) > 1:
+        raise UserError(f"{name} holds several lists, {', '.join(chosen)}; save the one to train on by itself")
+    others = [key for key in value if key not in chosen]
+    if others:
+        print(f"{name}: not used: {', '.join(others)}")
+    return value[chosen[0]]
 
 
 # ---- tables, text, parquet ------------------------------------------------------------------------------------------
@@ -192,31 +191,28 @@ def read_table(file, name):
         file.seek(0)
     start = file.tell()
 
-    def header(delimiter, spaced=False):
+    def rows_of(**dialect):
         file.seek(start)
-        return next(filter(any, csv.reader(file, delimiter=delimiter, skipinitialspace=spaced)), [])
+        return csv.reader(map(keep_backslashes, file) if "escapechar" in dialect else file, **dialect)
 
     delimiters = "\t,;|" if name.lower().removesuffix(".gz").endswith(".tsv") else ",;\t|"
-    delimiter = max(delimiters, key=lambda delimiter: len(header(delimiter)))  # the first of equals
-    spaced = any(column.startswith(" ") for column in header(delimiter)[1:])
-    columns = header(delimiter, spaced)
+    headers = {delimiter: next(filter(any, rows_of(delimiter=delimiter)), []) for delimiter in delimiters}
+    delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equals
+    spaced = any(column.startswith(" ") for column in headers[delimiter][1:])
+    dialect = {"delimiter": delimiter, "skipinitialspace": spaced}
+    columns = next(filter(any, rows_of(**dialect)), [])
     while columns and not columns[-1]:  # Excel's empty ones
         columns.pop()
     columns = [(column.strip() if spaced else column) or f"column {number}" for number, column in enumerate(columns, 1)]
     if len(set(columns)) < len(columns):
         raise UserError(f"{name}, line 1: duplicate column names in {columns}; rename them")
 
-    def rows_of(**quoting):
-        file.seek(start)
-        lines = map(keep_backslashes, file) if "escapechar" in quoting else file
-        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True, **quoting)
-        next(filter(any, rows), None)
-        return rows
-
-    ways = [{}, {"escapechar": "\\"}]  # "" or \" within quotes
+    ways = [{"strict": True}, {"strict": True, "escapechar": "\\"}]  # "" or \" within quotes
     if delimiter == "\t":
         ways.append({"quoting": csv.QUOTE_NONE})  # quotes that mean nothing
-    rows = rows_of(**next((way for way in ways if fits(rows_of(**way), len(columns), delimiter)), {}))
+    fitting = (way for way in ways if fits(rows_of(**dialect, **way), len(columns), delimiter))
+    rows = rows_of(**dialect, **next(fitting, ways[0]))
+    next(filter(any, rows), None)
     stop = rows.line_num + skipped  # the last line of the row before, or of the header
     for row in rows:
         line, stop = stop + 1, rows.line_num + skipped
@@ -246,18 +242,19 @@ def keep_backslashes(line):
 
 def read_documents(file, separator):
     """Yields (location, {"text": ...}) for the documents of a text, parted by lines that hold the separator alone."""
-    lines, first, several = [], 1, False
+    lines, first = [], 1
     for number, line in enumerate(file, 1):
         if separator and line.strip() == separator:
-            several = True
             if any(map(str.strip, lines)):
                 yield f"line {first}", {"text": "".join(lines).strip("\n")}
             lines, first = [], number + 1
         else:
             lines.append(line)
     text = "".join(lines)
-    if text.strip() or not several:
-        yield f"line {first}", {"text": text.strip("\n") if several else text}
+    if first == 1:  # nothing parts it
+        yield "line 1", {"text": text}
+    elif text.strip():
+        yield f"line {first}", {"text": text.strip("\n")}
 
 
 def read_parquet(path):
