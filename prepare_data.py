@@ -67,26 +67,21 @@ class PrepareConfig:
     show: int = 1  # print this many rendered examples, supervised tokens in colour
 
     def __post_init__(self):
-        problems = []
-        if self.prompt_format and not self.response_format:
-            problems.append("--response_format: needed with --prompt_format")
-        if self.response_format and not NAME.search(self.response_format):
-            problems.append(f"--response_format: {self.response_format!r} names no column, as {{label}} does")
-        if self.prompt_format and self.template in ("alpaca", "text"):
-            problems.append(f"--template: {self.template} leaves no place for --prompt_format; leave one of them out")
-        if self.block_size == 1:
-            problems.append("--block_size: 1 is below 2")
-        if not self.input and (self.val_input or self.test_input):
-            problems.append("--input: needed with --val_input and --test_input")
-        if self.model and self.encoding:
-            problems.append("--encoding: the model brings its own; give it or --model")
-        if self.template == "model" and not self.model:
-            problems.append("--template: model needs --model")
-        if self.val_fraction + self.test_fraction >= 1:
-            problems.append(f"--test_fraction: {self.test_fraction} beside --val_fraction={self.val_fraction} leaves "
-                            "nothing to train on")
-        check(self, at_least={"shard_tokens": 1}, fractions=("val_fraction", "test_fraction"), problems=problems,
-              choices={"template": ("", "alpaca", "chat", "text", "model")})
+        problems = {
+            "--response_format: needed with --prompt_format": self.prompt_format and not self.response_format,
+            f"--response_format: {self.response_format!r} names no column, as {{label}} does":
+                self.response_format and not NAME.search(self.response_format),
+            f"--template: {self.template} leaves no place for --prompt_format; leave one of them out":
+                self.prompt_format and self.template in ("alpaca", "text"),
+            "--block_size: 1 is below 2": self.block_size == 1,
+            "--input: needed with --val_input and --test_input": not self.input and (self.val_input or self.test_input),
+            "--encoding: the model brings its own; give it or --model": self.model and self.encoding,
+            "--template: model needs --model": self.template == "model" and not self.model,
+            f"--test_fraction: {self.test_fraction} with --val_fraction={self.val_fraction} leaves nothing to train on":
+                self.val_fraction + self.test_fraction >= 1}
+        check(self, at_least={"shard_tokens": 1}, fractions=("val_fraction", "test_fraction"),
+              choices={"template": ("", "alpaca", "chat", "text", "model")},
+              problems=[problem for problem, is_there in problems.items() if is_there])
 
 
 # ---- input ----------------------------------------------------------------------------------------------------------
@@ -102,6 +97,8 @@ class Report:
     answers: Counter = field(default_factory=Counter)  # how often each, while these are few
     cut: int = 0  # conversations with turns at the end that nobody answered
     several: bool = False  # some conversation has several turns
+    kind: str = ""  # of the first record, which all must have: text, prompt or conversation
+    prompts: set = field(default_factory=set)  # hashes of those in training, where other splits have their own files
     seen_in_training: Counter = field(default_factory=Counter)  # prompts of val or test that stand there too
 
     def drop(self, reason, location, detail=""):
@@ -160,21 +157,19 @@ def tokens_of(config, head):
     """(encoding, spec, directory, context): how text becomes tokens, by the flags or as the model that --model names
     has it; the directory with the model's tokenizer, or ''; its context in tokens. `head`: the first records."""
     name, template, directory, context = config.encoding or "gpt2", "alpaca", "", 1024
-    if not config.input:
-        name, template = config.encoding or "bytes", "chat"
     if config.model:
         path = locate(config.model)
-        directory = path.parent
-        if path.name == "adapter_config.json":
-            path = base_of(path)
-            directory = directory if (directory / "tokenizer.json").is_file() else path.parent  # peft leaves it there
-        family, values = read_config(path.parent / "config.json")
-        name, template, context = "gpt2", "alpaca", values["block_size"]
+        base = base_of(path) if path.name == "adapter_config.json" else path
+        family, values = read_config(base.parent / "config.json")
+        context = values["block_size"]
+        directory = path.parent if (path.parent / "tokenizer.json").is_file() else base.parent  # peft leaves it there
         if (directory / "tokenizer.json").is_file():
             name = "tokenizer.json"
             template = "model" if read_chat_template(directory) else "alpaca"
         elif family != "gpt2" or has_other_vocabulary(directory):
             raise UserError(f"--model={config.model} has no tokenizer.json; put the model's beside its weights")
+    elif not config.input:
+        name, template = config.encoding or "bytes", "chat"
     if config.template == "model" != template:
         raise UserError(f"--template=model: {config.model} brings no chat template; take alpaca or chat")
     spec = {"template": config.template or template}
@@ -226,9 +221,8 @@ def answered_part(messages):
     return messages[:stop]
 
 
-def encode_records(records, split, spec, config, encoding, report, prompts, kinds):
-    """Yields (split, record, messages, examples) for each located record that stays. `kinds` keeps the first one's
-    kind, which all must have; `prompts` the hashes of those in training, where other splits have their own files."""
+def encode_records(records, split, spec, config, encoding, report):
+    """Yields (split, record, messages, examples) for each located record that stays."""
     seen = set()
     for location, record in records:
         report.records += 1
@@ -240,9 +234,10 @@ def encode_records(records, split, spec, config, encoding, report, prompts, kind
                 messages = templates.as_turns(messages)
             kept = answered_part(messages)
             kind = kept[0].role if kept[0].role in ("text", "prompt") else "conversation"
-            if kind != kinds.setdefault("first", kind):
-                remedy = "" if "text" in (kind, kinds["first"]) else "; --template=chat takes both"
-                raise Unusable("not of the kind of the first", f"a {kind} among {kinds['first']} records{remedy}")
+            report.kind = report.kind or kind
+            if kind != report.kind:
+                remedy = "" if "text" in (kind, report.kind) else "; --template=chat takes both"
+                raise Unusable("not of the kind of the first", f"a {kind} among {report.kind} records{remedy}")
             segments = templates.render(kept, spec)
             ids, flags = templates.encode(segments, encoding, config.train_on_prompt)
             if len(ids) > config.block_size + 1 and kind != "text":
@@ -266,8 +261,8 @@ def encode_records(records, split, spec, config, encoding, report, prompts, kind
         if not split and share < config.test_fraction + config.val_fraction:
             own = "test" if share < config.test_fraction else "val"
         if own == "train" and (config.val_input or config.test_input):
-            prompts.add(share)
-        elif split and share in prompts:
+            report.prompts.add(share)
+        elif split and share in report.prompts:
             report.seen_in_training[split] += 1
         yield own, record, kept, templates.blocks(ids, config.block_size) if kind == "text" else [(ids, flags)]
 
@@ -328,17 +323,13 @@ def preview(ids, flags, encoding):
     special = re.compile("|".join(map(re.escape, encoding.special_tokens_set)))
     ids_of = {encoding.encode_single_token(text) for text in encoding.special_tokens_set}
 
-    def kind(token):
-        return token[0] in ids_of, token[1] & SUPERVISED
-
-    was_supervised = 0
-    for (is_special, supervised), tokens in groupby(zip(ids, flags, strict=True), key=kind):
-        text = encoding.decode([token for token, _ in tokens])
-        if supervised != was_supervised:
-            texts.append(on if supervised else off)
-        texts.append(text if is_special else special.sub(r"\\\g<0>", text))
-        was_supervised = supervised
-    return "".join(texts) + (off if was_supervised else "")
+    for supervised, tokens in groupby(zip(ids, flags, strict=True), key=lambda token: token[1] & SUPERVISED):
+        texts.append(on if supervised else "")
+        for is_special, part in groupby((token for token, _ in tokens), key=ids_of.__contains__):
+            text = encoding.decode(list(part))
+            texts.append(text if is_special else special.sub(r"\\\g<0>", text))
+        texts.append(off if supervised else "")
+    return "".join(texts)
 
 
 def print_report(meta, report, config, out_dir, replaced):
@@ -393,8 +384,7 @@ def main(config):
         sources = parts_of(head[0][0], head[0][1]["text"], config) | sources
     if not config.block_size:
         config = replace(config, block_size=min(context, 1024) if are_texts else context)
-    prompts, kinds = set(), {}
-    parts = chain.from_iterable(encode_records(records, split, full_spec, config, encoding, report, prompts, kinds)
+    parts = chain.from_iterable(encode_records(records, split, full_spec, config, encoding, report)
                                 for split, records in sources.items())
     # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
     place = out_dir.resolve()

@@ -36,7 +36,7 @@ MUTATIONS = {
     "quotes in tabs swallow rows": ('''ways.append({"quoting": csv.QUOTE_NONE})''', '''pass'''),
     "UTF-16 without a mark not seen": ('''seen = json.detect_encoding(head)''', '''seen = "utf-16" if head[:2] in (b"\\xff\\xfe", b"\\xfe\\xff") else "utf-8-sig"'''),
     "strict drops": ('''            if config.strict:\n                raise UserError(f"{location}: {error}")''', '''            if False:\n                raise UserError(f"{location}: {error}")'''),
-    "prompts of val in training not seen": ('''elif split and share in prompts:''', '''elif False:'''),
+    "prompts of val in training not seen": ('''elif split and share in report.prompts:''', '''elif False:'''),
     "part of the stop text shown": ('''- max(0, len(config.stop) - 1))''', ''')'''),
     "rope pairs of a GGUF not neighbours": ('''.transpose(1, 2).reshape(tensor.shape)''', '''.reshape(tensor.shape)'''),
     "any state dict turned": ('''widths[1] == 3 * widths[0]:''', '''True:'''),
