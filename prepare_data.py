@@ -92,7 +92,7 @@ class Report:
     records: int = 0
     dropped: dict = field(default_factory=dict)  # reason: [how many, where the first one is and what it has]
     unused: Counter = field(default_factory=Counter)  # names of fields: how many records have one
-    text: str = "text"  # the name that this field has
+    text: str = "text"  # the name of the field that is learned
     classes: dict = field(default_factory=dict)  # fields beside it: their values, while these are few
     answers: Counter = field(default_factory=Counter)  # how often each, while these are few
     cut: int = 0  # conversations with turns at the end that nobody answered
@@ -105,12 +105,13 @@ class Report:
         self.dropped.setdefault(reason, [0, f"{location}{detail and ': '}{detail}"])[0] += 1
 
     def note_unused(self, record, rest, is_text):
-        """Counts the fields that were not used."""
-        if rest and is_text:
-            self.text = next((name for name in record if str(name).lower().strip() == "text"), self.text)
+        """Counts the fields that were not used; beside a text, their values too."""
+        self.unused.update(rest.keys())
+        if not is_text:
+            return
+        self.text = next((name for name in record if name not in rest and not is_missing(record[name])), self.text)
         for name, value in rest.items():
-            self.unused[name] += 1
-            values = self.classes.setdefault(name, set()) if is_text else set()
+            values = self.classes.setdefault(name, set())
             if not isinstance(value, list | dict) and len(values) <= 50:
                 values.add(value)
 

@@ -31,7 +31,7 @@ MUTATIONS = {
     "TRL's earlier answers learned": ('''message._replace(learned=False) for''', '''message for'''),
     "system prompt beside messages lost": ('''*messages] if name else messages''', '''*messages] if False else messages'''),
     "rows that the viewer has cut are learned": ('''if record.get(CUT):''', '''if False:'''),
-    "unused fields not named": ('''self.unused[name] += 1''', '''self.unused[name] += 0'''),
+    "unused fields not named": ('''self.unused.update(rest.keys())''', '''pass'''),
     "columns paired by their order": ('''{key: column[row] for key, column in value.items()} for row in first''', '''dict(zip(value, row, strict=True)) for row in zip(*map(dict.values, columns), strict=True)'''),
     "quotes in tabs swallow rows": ('''ways.append({"quoting": csv.QUOTE_NONE})''', '''pass'''),
     "UTF-16 without a mark not seen": ('''seen = json.detect_encoding(head)''', '''seen = "utf-16" if head[:2] in (b"\\xff\\xfe", b"\\xfe\\xff") else "utf-8-sig"'''),

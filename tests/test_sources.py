@@ -487,6 +487,8 @@ def test_fields_that_are_not_used_are_named_once_and_a_label_is_explained(tmp_pa
     flags = dict(word[2:].split("=", 1) for word in shlex.split(hint.split(" add ")[1]) if word.startswith("--"))
     prepared(tmp_path, input=str(tmp_path / "b.jsonl"), show=9, **flags)
     assert "dc:It's:>>> 0.5<" in capsys.readouterr().out
+    prepared(tmp_path, input=str(tmp_path / "a.jsonl"), template="text", response_format="{id}")
+    assert r'to classify by label, add --prompt_format="{id}\nlabel:"' in capsys.readouterr().out
     prepared(tmp_path, input=str(tmp_path / "a.jsonl"), prompt_format=r"{text}\nlabel:", response_format=" {label}")
     assert "not used: id (12 records)" in capsys.readouterr().out.splitlines()
 
