@@ -202,10 +202,6 @@ def parts_of(location, text, config):
 
 def answered_part(messages):
     """The messages up to the last answer; Unusable where nothing is asked or answered."""
-    if messages[0].role == "text":
-        if is_missing(messages[0].fields["text"]):
-            raise Unusable("an empty text")
-        return messages
     asked, answers, stop = [], [], 0
     for number, (role, fields, learned) in enumerate(messages, 1):
         if role in ("user", "prompt"):
