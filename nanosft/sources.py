@@ -26,9 +26,7 @@ KNOWN = {name for names in NAMES.values() for name in names}
 
 def kind_of(path):
     """json, table, text or parquet; None for other files."""
-    name = path.name.lower()
-    kind = KINDS.get(name.removesuffix(".gz").rpartition(".")[2])
-    return None if kind == "parquet" and name.endswith(".gz") else kind  # parquet compresses by itself
+    return KINDS.get(path.name.lower().removesuffix(".gz").rpartition(".")[2])
 
 
 def paths_of(flag, names):
