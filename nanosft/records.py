@@ -65,7 +65,7 @@ def is_missing(value):
     """Whether a field says that there is nothing: null, white space, an empty list, or the NaN that pandas writes."""
     if isinstance(value, str):
         return not value or value.isspace()
-    return value in (None, [], {}) or value != value
+    return value is None or value in ([], {}) or value != value
 
 
 def is_text(part):
