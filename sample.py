@@ -66,29 +66,25 @@ class SampleConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
-        problems = []
-        if not (self.temperature == 0 or 1e-6 <= self.temperature < float("inf")):
-            problems.append(f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"--top_p: {self.top_p} is not in (0, 1]")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            problems.append(f"--repetition_penalty: {self.repetition_penalty} is not in [0.01, 100]; 1 changes nothing")
-        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.num_samples > 1):
-            problems.append("--temperature: at 0 the likeliest token is taken; give 1 with --top_k, --top_p or "
-                            "--num_samples")
-        if self.file and (self.prompt or self.prompt_file or self.input or self.answer or self.num_samples > 1):
-            problems.append("--file: gets one whole answer a record; leave out --prompt, --prompt_file, --input, "
-                            "--answer and --num_samples")
-        if self.prompt and self.prompt_file:
-            problems.append("--prompt_file: holds the prompt; leave out --prompt")
-        if self.labels and not self.file:
-            problems.append("--labels: for the records of --file; give that")
-        if self.export and len(names_of(str(self.model))) > 1:
-            problems.append("--export: writes one model; name one with --model")
+        is_greedy = self.temperature == 0
+        rules = (  # what is wrong, and what is said then
+            (not (is_greedy or 1e-6 <= self.temperature < math.inf),
+             f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on"),
+            (not 0 < self.top_p <= 1, f"--top_p: {self.top_p} is not in (0, 1]"),
+            (not 0.01 <= self.repetition_penalty <= 100,
+             f"--repetition_penalty: {self.repetition_penalty} is not in [0.01, 100]; 1 changes nothing"),
+            (is_greedy and (self.top_k or self.top_p < 1 or self.num_samples > 1),
+             "--temperature: at 0 the likeliest token is taken; give 1 with --top_k, --top_p or --num_samples"),
+            (self.file and (self.prompt or self.prompt_file or self.input or self.answer or self.num_samples > 1),
+             "--file: gets one whole answer a record; leave out --prompt, --prompt_file, --input, --answer and "
+             "--num_samples"),
+            (self.prompt and self.prompt_file, "--prompt_file: holds the prompt; leave out --prompt"),
+            (self.labels and not self.file, "--labels: for the records of --file; give that"),
+            (self.export and len(names_of(str(self.model))) > 1, "--export: writes one model; name one with --model"))
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
         check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1},
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "gguf_type": llamacpp.TYPES},
-              problems=problems)
+              problems=[said for is_wrong, said in rules if is_wrong])
 
 
 def names_of(models):
@@ -125,6 +121,12 @@ class LoadedModel:
         """Yields, step by step, a list with the next id of each row's answer; None after its end."""
         return self.model.generate(prompts, config.max_new_tokens, config.temperature, config.top_k, config.top_p,
                                    self.stop, self.encoding.n_vocab, config.repetition_penalty)
+
+    def read(self, ids, stop_text):
+        """(text, ended) of an answer's ids so far: what stands before stop_text, and whether that or the stop came."""
+        made = self.encoding.decode([token for token in ids if token != self.stop])
+        text = made.partition(stop_text)[0] if stop_text else made
+        return text, self.stop in ids or text != made
 
 
 def stored_spec(path):
@@ -177,8 +179,8 @@ def load(config):
     trained = next((pair for pair in words if pair[0]), None)
     models, bases = [], {}
     for name, path, pair in zip(names, paths, words, strict=True):
-        is_borrowed = trained and not pair[0]
-        spec, directory = trained if is_borrowed else pair
+        spec, directory = pair if pair[0] else trained or pair
+        is_foreign = directory != path.parent  # the words are another model's, or come with data
         if path.name == "adapter_config.json" and not (directory / "tokenizer.json").is_file():
             directory = base_of(path).parent  # peft leaves the tokenizer with the base
         if spec is None:  # a model of others', asked in its own words, or raw
@@ -190,14 +192,13 @@ def load(config):
         if not spec["template"] and encoding.name == "gpt2" and model.config.rope_theta:
             raise UserError(f"--model={name} has no tokenizer.json; put the model's into {directory}")
         spec = templates.bring_tokenizer(spec, encoding, directory)
-        # one in borrowed words that has far more tokens has others
-        is_foreign = is_borrowed or bool(config.data_dir)
+        # one in foreign words that has far more tokens has others
         if not 0 <= model.config.vocab_size - encoding.n_vocab < (PADDING if is_foreign else math.inf):
+            is_borrowed = is_foreign and not config.data_dir
             remedy = "ask it alone" if is_borrowed else f"put the model's tokenizer.json into {directory}"
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or {remedy}")
-        vocabulary = directory if encoding.name == "tokenizer.json" else ""
-        if path.parent != vocabulary and has_other_vocabulary(path.parent, vocabulary):
+        if path.parent != directory and has_other_vocabulary(path.parent, directory):
             raise UserError(f"--model={name} has a vocabulary of its own, not that of {directory}: ask it alone, with "
                             "its tokenizer.json beside its weights")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))
@@ -234,13 +235,10 @@ def stream(loaded, prompt, config, opening=""):
         prompt = prompt + templates.encode([*before, (half, True)], loaded.encoding)[0]
     print(opening + config.answer, end="", flush=True)
     for (token,) in loaded.generate([prompt], config):
-        if token != loaded.stop:
-            ids.append(token)
-        made = loaded.encoding.decode(ids)
-        text = made.partition(config.stop)[0] if config.stop else made
-        ended = token == loaded.stop or text != made
+        ids.append(token)
+        text, ended = loaded.read(ids, config.stop)
         # half a character waits, and so does what may be the beginning of --stop
-        sure = len(text) if ended else max(shown, len(made.rstrip("\ufffd")) - max(0, len(config.stop) - 1))
+        sure = len(text) if ended else max(shown, len(text.rstrip("\ufffd")) - max(0, len(config.stop) - 1))
         print(text[shown:sure], end="", flush=True)
         shown = sure
         if ended:
@@ -310,13 +308,11 @@ def as_trained(messages, spec):
         raise UserError("this model answers one question, without a system prompt or earlier turns")
     if spec["template"] == "text":
         return [Message("opening", {"text": text})]
-    if not spec["template"]:
-        return [Message("prompt", {"text": text})]
     if list(asked.fields) == columns:
         return messages
     if len(columns) > 1:
         raise UserError(f"this model reads the columns {', '.join(columns)}; give records that have them")
-    return [Message("prompt", dict.fromkeys(columns, text))]
+    return [Message("prompt", dict.fromkeys(columns or ["text"], text))]
 
 
 def read_prompts(records, loaded, config):
@@ -353,10 +349,9 @@ def answer_all(loaded, prompts, config):
         batch = order[start:start + config.batch_size]
         steps = loaded.generate([prompts[i] for i in batch], config)
         for i, tokens in zip(batch, zip(*steps, strict=True), strict=True):
-            ids = [token for token in tokens if token not in (None, loaded.stop)]
-            text = loaded.encoding.decode(ids)
-            answers[i] = text.partition(config.stop)[0] if config.stop else text
-            if loaded.stop not in tokens and answers[i] == text:
+            ids = [token for token in tokens if token is not None]
+            answers[i], ended = loaded.read(ids, config.stop)
+            if not ended:
                 is_full = len(ids) < config.max_new_tokens
                 cut["by the context" if is_full else f"after {config.max_new_tokens} tokens (--max_new_tokens)"] += 1
         done = start + len(batch)
@@ -381,20 +376,21 @@ def answer_file(models, config):
     paths = paths_of("file", config.file)
     if Path(config.output).resolve() in [path.resolve() for path in paths]:
         raise UserError(f"--output={config.output} is a file to read; name another")
-    results, found = {}, chain.from_iterable(read_records(path, config.text_encoding) for path in paths)
+    found = chain.from_iterable(read_records(path, config.text_encoding) for path in paths)
     records = [(location, {"messages": record} if isinstance(record, list) else record) for location, record in found]
     if not records:
         raise UserError(f"--file: {config.file} holds no records; give one that does")
+    results = {}
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
-        for loaded in models:
+        for number, loaded in enumerate(models, 1):
+            of, mark = "", ""
+            if len(models) > 1:
+                of, mark = f" of {loaded.name}", f"-{number}"
+                print(f"{loaded.name}:")
             if not loaded.spec["template"]:
                 print(f"{loaded.name} has no template of its own: the prompts go raw (--data_dir names one)")
             prompts, references = read_prompts(records, loaded, config)
-            labels, likeliest, of = label_set(references, config.labels, loaded), [], ""
-            if len(models) > 1:
-                print(f"{loaded.name}:")
-                of = f" of {loaded.name}"
-            limit = config.max_new_tokens
+            labels, likeliest, limit = label_set(references, config.labels, loaded), [], config.max_new_tokens
             if labels and "max_new_tokens" not in config.given:
                 limit = min(limit, 3 + max(map(len, labels.values())))
             responses = answer_all(loaded, prompts, replace(config, max_new_tokens=limit))
@@ -402,8 +398,7 @@ def answer_file(models, config):
             if labels:
                 likeliest = classify(loaded, prompts, labels)
                 put(records, f"likeliest label{of}", [label.strip() for label in likeliest])
-            number = f"-{len(results) + 1}" if len(models) > 1 else ""
-            picture = Path(config.output).with_suffix(f".confusion{number}.png")
+            picture = Path(config.output).with_suffix(f".confusion{mark}.png")
             results[loaded.name] = score(responses, references, labels, likeliest, picture)
         for _, record in records:  # half a surrogate pair, which a field may hold, stays the escape that it was
             file.write((json.dumps(record, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace"))

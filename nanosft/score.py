@@ -11,9 +11,9 @@ from nanosft.templates import encode, render_answer
 def label_set(references, named, loaded):
     """{class: its ids with the stop}: the classes that answers come from, as they are rendered, which are those
     `named`, with commas, or the references, where they are few. {} where the file is no classification."""
-    labels = sorted({label.strip(): label for label in references if label is not None}.values())
+    spelling = {label.strip(): label for label in references if label is not None}
+    labels = sorted(spelling.values())
     if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
-        spelling = {label.strip(): label for label in labels}
         wording = loaded.spec["response_format"] or "{label}"
         names = list(filter(None, map(str.strip, next(csv.reader([named], skipinitialspace=True)))))
         labels = [spelling.get(name) or fill(wording, dict.fromkeys(columns_of(wording), name), "labels")
