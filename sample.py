@@ -198,7 +198,8 @@ def load(config):
             remedy = "ask it alone" if is_borrowed else f"put the model's tokenizer.json into {directory}"
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or {remedy}")
-        if path.parent != directory and has_other_vocabulary(path.parent, directory):
+        vocabulary = directory if encoding.name == "tokenizer.json" else ""
+        if path.parent != vocabulary and has_other_vocabulary(path.parent, vocabulary):
             raise UserError(f"--model={name} has a vocabulary of its own, not that of {directory}: ask it alone, with "
                             "its tokenizer.json beside its weights")
         models.append(LoadedModel(name, model.to(device, dtype).eval(), encoding, spec, directory))

@@ -39,10 +39,10 @@ class Pace:
     def total_steps(self, step):
         """The number of the step at which time is up, or of the last one that is planned; at least one is made."""
         second = self.now + (0 if self.compiles else self.step_seconds())
-        if self.limit == math.inf or (self.steps < 2 and not self.earlier and second < self.limit):
+        if self.steps < 2 and not self.earlier and second < self.limit:
             return self.planned
-        steps = int(self.time_for_steps() / self.step_seconds()) if self.step_seconds() else 0
-        return min(self.planned, max(1, step + max(0, steps)))
+        steps = max(0, self.time_for_steps()) / max(1e-9, self.step_seconds())
+        return int(min(self.planned, max(1, step + steps)))
 
     def has_time_to_evaluate(self):
         """Evaluations take a tenth of a limited time at most, and none of what the last one needs."""

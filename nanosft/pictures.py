@@ -1,6 +1,4 @@
 """Pictures, where matplotlib is installed: the losses of a run, and what labels were taken for."""
-import math
-
 import numpy as np
 
 from nanosft.files import atomic_file
@@ -34,15 +32,14 @@ def plot_losses(out_dir, best_by="loss"):
         return
     try:
         rows = read_rows(out_dir / "log.csv")
-        steps, losses, rates, tokens = ([float(row[name]) for row in rows]
-                                        for name in ("step", "train_loss", "learning_rate", "tokens"))
-        evaluated = [(float(row["step"]), float(row["val_loss"]), float(row.get("val_score") or 0))
-                     for row in rows if row["val_loss"]]
-        scored = [(float(row["step"]), float(row["val_score"])) for row in rows if row.get("val_score")]
-    except (ValueError, KeyError):  # somebody has edited the log
+        names = ("step", "train_loss", "learning_rate", "tokens", "val_loss", "val_score")
+        steps, losses, rates, tokens, val_losses, scores = (
+            np.array([float(row.get(name) or "nan") for row in rows]) for name in names)
+    except ValueError:  # somebody has edited the log
         return
     if not rows:
         return
+    evaluated, scored = ~np.isnan(val_losses), ~np.isnan(scores)
     axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
     # every step's loss, thin, and over it the mean of windows of a fiftieth of the run
     window = max(1, len(rows) // 50)
@@ -50,19 +47,18 @@ def plot_losses(out_dir, best_by="loss"):
     axes.plot(steps, losses, color="tab:blue", linewidth=0.6, alpha=0.35)
     label = f"training, mean of {window} steps" if window > 1 else "training"
     axes.plot(steps[window - 1:], smooth, color="tab:blue", label=label)
-    if evaluated:
-        step, best, _ = min(evaluated, key=lambda point: (
-            -point[2] if best_by != "loss" else 0, math.isnan(point[1]), point[1]))
-        axes.plot(*list(zip(*evaluated, strict=True))[:2], "o-", color="tab:orange", label="validation")
-        label = f"best: {best:.4f} at step {step:,.0f}"
-        axes.plot(step, best, "*", color="tab:red", markersize=15, zorder=3, label=label)
+    if evaluated.any():
+        best = min(np.flatnonzero(evaluated), key=lambda i: (-scores[i] if best_by != "loss" else 0, val_losses[i]))
+        axes.plot(steps[evaluated], val_losses[evaluated], "o-", color="tab:orange", label="validation")
+        label = f"best: {val_losses[best]:.4f} at step {steps[best]:,.0f}"
+        axes.plot(steps[best], val_losses[best], "*", color="tab:red", markersize=15, zorder=3, label=label)
     axes.set(ylabel="loss per supervised token", yscale="log", xlim=(0, None))
     axes.legend()
     below.plot(steps, rates, ":", color="tab:green")
-    below.set(xlabel=f"step of {sum(tokens) / len(rows):,.0f} tokens", ylabel="learning rate (dotted)", ylim=(0, None))
-    if scored:
+    below.set(xlabel=f"step of {tokens.mean():,.0f} tokens", ylabel="learning rate (dotted)", ylim=(0, None))
+    if scored.any():
         right = below.twinx()
-        right.plot(*zip(*scored, strict=True), "s--", color="tab:purple", markersize=4)
+        right.plot(steps[scored], scores[scored], "s--", color="tab:purple", markersize=4)
         right.set(ylabel="right answers (squares)", ylim=(0, 1.05))
         right.yaxis.set_major_formatter("{x:.0%}")
     write(figure, out_dir / "loss.png")

@@ -28,11 +28,10 @@ def read_rows(path):
 def cut_rows(path, step):
     """Removes the rows of log.csv, where there is one, from after this step."""
     read_rows(path)  # UserError where it is no log
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    kept = lines[:1]
-    for line in lines[1:]:
+    kept = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         number = line.split(b",")[0]
-        if number.isdigit() and int(number) <= step:
+        if not kept or (number.isdigit() and int(number) <= step):  # the first one is the header
             kept.append(line)
     with atomic_file(path) as file:
         file.write(b"".join(line + b"\r\n" for line in kept))
@@ -144,11 +143,14 @@ class Samples:
         count, longest = (1, 16) if at_start else (len(self.titles), 64)
         answers = self.answer(model, self.prompts[:count], min(longest, max(map(len, self.answers[:count])) + 4))
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
-            text, expected = (self.encoding.decode([token for token in tokens if token != self.stop])
-                              for tokens in (answer, right))
-            mark = "  (exact)" if answer == right else ""
-            told = f"      right: {shorten(expected, 58)!r}\n" if at_start else ""
-            print(f"    {title}\n{told}      -> {shorten(text, 58)!r}{mark}", flush=True)
+            print(f"    {title}")
+            if at_start:
+                print(f"      right: {self.quoted(right)}")
+            print(f"      -> {self.quoted(answer)}{'  (exact)' if answer == right else ''}", flush=True)
+
+    def quoted(self, answer):
+        """The ids of an answer as one line of text, without the stop."""
+        return repr(shorten(self.encoding.decode([token for token in answer if token != self.stop]), 58))
 
     def right(self, model, batch=32):
         """How many answers are right: written exactly, or the likeliest of those that occur."""

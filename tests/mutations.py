@@ -93,7 +93,7 @@ MUTATIONS = {
     "evaluations to come not in the time left": ('''+ evaluations * self.evaluation_seconds''', '''+ self.evaluation_seconds'''),
     "the start of a run replaced": ('''start.exists() and is_ours:''', '''False:'''),
     "a compiling step in the pace": ('''(0 if self.compiles else self.step_seconds())''', '''self.step_seconds()'''),
-    "the last evaluation kept back by one step alone": ('''(self.steps < 2 and not self.earlier and second < self.limit)''', '''(self.steps < 1 and not self.earlier and second < self.limit)'''),
+    "the last evaluation kept back by one step alone": ('''self.steps < 2 and not self.earlier and second < self.limit''', '''self.steps < 1 and not self.earlier and second < self.limit'''),
     "a resumed run as fast as it was planned": ('''self.steps < 2 and not self.earlier and''', '''self.steps < 2 and'''),
     "dropout after a failed attempt": ('''            torch.manual_seed((run.config.seed * 1_000_003 + run.state.step) * 1009 + rank)  # for dropout
             return''', '''            if run.compiles == (run.config.compile == "on"):
@@ -105,7 +105,7 @@ MUTATIONS = {
     "a platform without a compiler": ('''            if not run.compiles:
                 raise''', '''            raise'''),
     "an evaluation into the time of the last": ('''and self.time_for_steps() >= self.evaluation_seconds''', ''''''),
-    "rows lost where a log was edited": ('''if number.isdigit() and int(number) <= step:''', '''if len(kept) <= step:'''),
+    "rows lost where a log was edited": ('''if not kept or (number.isdigit() and int(number) <= step):''', '''if len(kept) <= step:'''),
     "a capital hides a field": ('''{str(name).lower().strip(): name for name in record}''', '''{name: name for name in record}'''),
     "duplicates counted among the answers": ('''            report.drop("same prompt and answer as before", location)
             continue''', '''            report.drop("same prompt and answer as before", location)
@@ -151,7 +151,7 @@ MUTATIONS = {
     "characters broken while streaming": ('''text.rstrip("\\ufffd")''', '''text'''),
     "answers cut by another's prompt": ('''model.generate(prompts, limit, stop''', '''model.generate(prompts, min(limit, model.config.block_size - max(map(len, prompts))), stop'''),
     "a label scored past the context": ('''prompt[longest - self.config.block_size - 1:]''', '''prompt[:]'''),
-    "the star on the lowest loss alone": ('''-point[2] if best_by != "loss" else 0''', '''0'''),
+    "the star on the lowest loss alone": ('''-scores[i] if best_by != "loss" else 0''', '''0'''),
     "a pair as a text": ('''if roles[0] == "prompt" and template != "text":''', '''if roles[0] == "prompt":'''),
     "formats before a chat's turns": ('''    if template == "chat":\n''', '''    if template == "chat" and prompt is None:\n'''),
     "a bare model without its beginning": ('''[(begin, False), *segments] if spec.get("starts_with_bos") else''', ''''''),
@@ -165,7 +165,7 @@ MUTATIONS = {
     "the seed leaves the order": ('''.default_rng([seed, epoch])''', '''.default_rng([0, epoch])'''),
     "a held-out file of a directory is trained on": ('''held_out = {*files.get("val", ()), ''', '''held_out = {'''),
     "half an answer learned": ('''is_empty = any(name in record''', '''is_empty = bool(answers) and all(name in record'''),
-    "a foreign vocabulary asked": ('''if path.parent != directory and has_other_vocabulary(path.parent, directory):''', '''if False:'''),
+    "a foreign vocabulary asked": ('''if path.parent != vocabulary and has_other_vocabulary(path.parent, vocabulary):''', '''if False:'''),
     "a column named twice is two": ('''return list(dict.fromkeys(NAME.findall(wording)))''', '''return NAME.findall(wording)'''),
     "UTF-8 read as something else": ('''if seen != "utf-8" or is_utf8(head):''', '''if not encoding:'''),
     "a row is where it ends": ('''line, stop = stop + 1, rows.line_num + skipped''', '''line = stop = rows.line_num + skipped'''),
