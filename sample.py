@@ -82,7 +82,7 @@ class SampleConfig:
             (self.labels and not self.file, "--labels: for the records of --file; give that"),
             (self.export and len(names_of(str(self.model))) > 1, "--export: writes one model; name one with --model"))
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
-        check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1},
+        check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1}, fractions=(),
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "gguf_type": llamacpp.TYPES},
               problems=[said for is_wrong, said in rules if is_wrong])
 

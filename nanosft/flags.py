@@ -7,6 +7,7 @@ names their group in --help:
 `--name=value` and `--name value` both work, dashes and underscores are alike, and `--flag` alone turns a bool on.
 """
 import argparse
+import contextlib
 import difflib
 import inspect
 import os
@@ -32,6 +33,10 @@ def parse_bool(text):
     return text.lower() in ("true", "yes", "on", "1")
 
 
+# how the word of a flag becomes its value, where the type alone does not; in --name=~/... a shell leaves the ~
+PARSED = {bool: {"type": parse_bool, "nargs": "?", "const": True}, str: {"type": os.path.expanduser}}
+
+
 def parse_config(config_class, argv=None):
     """The words of `argv` (default: the command line) as a `config_class`, whose attribute `given` names the flags that
     were set. UserError for an unknown flag or a bad value."""
@@ -44,15 +49,10 @@ def parse_config(config_class, argv=None):
         heading, setting = re.fullmatch(r" {4}# (.+)", line), re.match(r" {4}(\w+): \w+ = .+?  # (.+)", line)
         if heading:
             group = parser.add_argument_group(heading[1])
-        elif setting and setting[1] in fields:
+        elif setting:
             field = fields[setting[1]]
-            options = {"type": field.type}
-            if field.type is bool:
-                options = {"type": parse_bool, "nargs": "?", "const": True}
-            if field.type is str:
-                options = {"type": os.path.expanduser}  # in --name=~/... a shell leaves the ~
             group.add_argument(f"--{field.name}", default=argparse.SUPPRESS, help=setting[2].replace("%", "%%"),
-                               metavar=str(field.default) or "''", **options)
+                               metavar=str(field.default) or "''", **PARSED.get(field.type, {"type": field.type}))
     group.add_argument("--help", "-h", action="help", help="show this and leave")
     words = [re.sub(r"^--[\w-]+(?==|$)", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)
              for word in (sys.argv[1:] if argv is None else argv)]
@@ -77,57 +77,52 @@ def refuse_unknown(word, fields):
     raise UserError(f"unknown flag {word!r}: " + (f"did you mean --{close[0]}?" if close else "--help lists the flags"))
 
 
-def check(config, at_least=None, fractions=(), choices=None, problems=()):
+def check(config, at_least, fractions, choices, problems):
     """Gives the fields their types (what Python's callers put there: NumPy's numbers, paths), then raises one UserError
     that lists every problem. Numbers are from 0, or from what at_least has for the field, up to 2^31; fractions: fields
     in [0, 1); choices: {field: its values}; problems: messages that are ready, "--name: ..."."""
-    found, given, at_least, choices = [], set(), at_least or {}, choices or {}
-    for name, field in config.__dataclass_fields__.items():
-        value = typed(name, getattr(config, name), field.type)
+    found, fields = [], config.__dataclass_fields__
+    for name, field in fields.items():
+        value, least = typed(name, getattr(config, name), field.type), at_least.get(name, 0)
         object.__setattr__(config, name, value)
-        if value != field.default:
-            given.add(name)
-        is_known = any(problem.startswith(f"--{name}:") for problem in problems)
-        is_number, least = field.type in (int, float) and not is_known, at_least.get(name, 0)
+        if any(problem.startswith(f"--{name}:") for problem in problems):
+            continue
         if name in fractions and not 0 <= value < 1:
             found.append(f"--{name}: {value} is not in [0, 1)")
-        elif is_number and value < least:
+        elif field.type in (int, float) and value < least:
             found.append(f"--{name}: {value} is below {least}")
-        elif is_number and not value < 2**31:
+        elif field.type in (int, float) and not value < 2**31:
             found.append(f"--{name}: {value} is no number below 2^31")
-        if name in choices and value not in choices[name]:
+        elif name in choices and value not in choices[name]:
             found.append(f"--{name}: {value!r} is none of {', '.join(filter(None, choices[name]))}")
     if found or problems:
         raise UserError("; ".join([*found, *problems]))
+    given = {name for name, field in fields.items() if getattr(config, name) != field.default}
     object.__setattr__(config, "given", given)  # the fields that were set; parse_config knows them better
 
 
 def typed(name, value, kind):
     """`value` as a `kind`; UserError where that changes it."""
-    try:
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         plain = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        plain = None
-    same = plain == value or isinstance(value, os.PathLike) or plain != plain  # NaN equals nothing
-    if plain is None or not same:
-        raise UserError(f"--{name}: {value!r} is no {kind.__name__}")
-    return plain
+        if plain == value or isinstance(value, os.PathLike) or plain != plain:  # NaN equals nothing
+            return plain
+    raise UserError(f"--{name}: {value!r} is no {kind.__name__}")
 
 
 def run(main, config_class):
     """Calls `main` with the command line as a `config_class`. A user's mistake ends in one line on stderr, with exit
     code 2 for a flag's and 1 for any other; a bug shows its traceback."""
     protect_output()
+    code = 2
     try:
         config = parse_config(config_class)
-    except UserError as error:
-        fail(error, 2)
-    try:
+        code = 1
         main(config)
     except KeyboardInterrupt:
         sys.exit(130)
     except (UserError, OSError) as error:
-        fail(error, 1)
+        fail(error, code)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise

@@ -143,14 +143,10 @@ class Samples:
         count, longest = (1, 16) if at_start else (len(self.titles), 64)
         answers = self.answer(model, self.prompts[:count], min(longest, max(map(len, self.answers[:count])) + 4))
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
-            print(f"    {title}")
-            if at_start:
-                print(f"      right: {self.quoted(right)}")
-            print(f"      -> {self.quoted(answer)}{'  (exact)' if answer == right else ''}", flush=True)
-
-    def quoted(self, answer):
-        """The ids of an answer as one line of text, without the stop."""
-        return repr(shorten(self.encoding.decode([token for token in answer if token != self.stop]), 58))
+            text, expected = (repr(shorten(self.encoding.decode([token for token in tokens if token != self.stop]), 58))
+                              for tokens in (answer, right))
+            told = f"\n      right: {expected}" if at_start else ""
+            print(f"    {title}{told}\n      -> {text}{'  (exact)' if answer == right else ''}", flush=True)
 
     def right(self, model, batch=32):
         """How many answers are right: written exactly, or the likeliest of those that occur."""
