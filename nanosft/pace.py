@@ -13,8 +13,8 @@ class Pace:
     def __init__(self, planned_steps, max_minutes, compiles, val_tokens, answer_seconds, now, earlier=0.0):
         self.planned, self.limit, self.compiles = planned_steps, 60 * max_minutes or math.inf, compiles
         self.steps, self.trained, self.earlier, self.now, self.evaluated = 0, 0.0, earlier, now, now
-        self.token_seconds, self.val_tokens, self.is_forecast = math.inf, val_tokens, True
-        self.answer_seconds = self.evaluation_seconds = answer_seconds
+        self.token_seconds, self.val_tokens = math.inf, val_tokens
+        self.known_seconds = self.evaluation_seconds = answer_seconds
 
     def step_done(self, now, tokens):
         """Takes the time at which a step of so many tokens has ended."""
@@ -22,12 +22,12 @@ class Pace:
         self.trained = seconds if self.steps < 2 else self.trained + seconds
         self.steps += 1
         self.token_seconds = min(self.token_seconds, seconds / tokens)
-        if self.is_forecast:
-            self.evaluation_seconds = self.answer_seconds + self.val_tokens * self.token_seconds / 3
+        self.evaluation_seconds = self.known_seconds + self.val_tokens * self.token_seconds / 3
 
     def evaluation_done(self, now):
-        """Takes the time at which an evaluation has ended."""
-        self.evaluation_seconds, self.now, self.evaluated, self.is_forecast = now - self.now, now, now, False
+        """Takes the time at which an evaluation has ended: the next one takes as long, and nothing is a forecast."""
+        self.known_seconds = self.evaluation_seconds = now - self.now
+        self.val_tokens, self.now, self.evaluated = 0, now, now
 
     def step_seconds(self):
         return self.earlier if self.earlier and self.steps < 2 else self.trained / max(1, self.steps - 1)
