@@ -13,14 +13,10 @@ class UserError(ValueError):
         super().__init__("".join(char if char.isprintable() else " " for char in message))
 
 
-def terminal_width():
-    return shutil.get_terminal_size((120, 24)).columns
-
-
 def status(line, end=False):
     """Shows one progress line that the next one overwrites. A log file gets only the last one, which has `end`."""
     if sys.stdout.isatty():
-        print(f"\r{line[:terminal_width() - 1]}\033[K", end="\n" if end else "", flush=True)
+        print(f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K", end="\n" if end else "", flush=True)
     elif end:
         print(line, flush=True)
 

@@ -9,12 +9,13 @@ names their group in --help:
 import argparse
 import contextlib
 import difflib
+import functools
 import inspect
 import os
 import re
 import sys
 
-from nanosft.console import UserError, protect_output, status, terminal_width
+from nanosft.console import UserError, protect_output, status
 
 # what nanoGPT, transformers, TRL and PEFT call our flags
 ELSEWHERE = {"lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "warmup_steps", "dataset": "data_dir",
@@ -43,7 +44,7 @@ def parse_config(config_class, argv=None):
     parser = argparse.ArgumentParser(
         usage="python %(prog)s [--flag=value ...]", description=inspect.getmodule(config_class).__doc__,
         allow_abbrev=False, add_help=False, exit_on_error=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 34, min(120, terminal_width())))
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34))
     fields, group = config_class.__dataclass_fields__, parser
     for line in inspect.getsource(config_class).splitlines():
         heading, setting = re.fullmatch(r" {4}# (.+)", line), re.match(r" {4}(\w+): \w+ = .+?  # (.+)", line)
