@@ -34,7 +34,6 @@ def load_checkpoint(path):
     """(values, tensors) as save_checkpoint took them; UserError where the file is missing, damaged or another's."""
     if not path.is_file():
         raise UserError(f"--resume: {path} is not there; name the run's --out_dir, or start one without --resume")
-    path.open("rb").close()  # where that is not permitted, the file may be whole
     with undamaged(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if content["format_version"] != FORMAT_VERSION:

@@ -72,9 +72,7 @@ def refuse_unknown(word, fields):
     name = word.lstrip("-")
     if not word.startswith("-"):
         raise UserError(f"unknown argument {word!r}: did you mean --{next(iter(fields))}={word}?")
-    close = difflib.get_close_matches(name, fields, n=1)
-    if ELSEWHERE.get(name) in fields:
-        close = [ELSEWHERE[name]]
+    close = [ELSEWHERE[name]] if ELSEWHERE.get(name) in fields else difflib.get_close_matches(name, fields, n=1)
     raise UserError(f"unknown flag {word!r}: " + (f"did you mean --{close[0]}?" if close else "--help lists the flags"))
 
 
