@@ -26,7 +26,7 @@ def save_checkpoint(path, values, tensors):
         with atomic_file(path) as file:
             torch.save(content, file)
     except RuntimeError as error:  # torch's, in the midst of a failed write
-        reason = str(error.__context__ or error).splitlines()[0][:80]
+        reason = str(error.__context__ or error).partition("\n")[0][:80]
         raise UserError(f"cannot write {path} ({reason}); is the disk full?") from None
 
 
@@ -53,8 +53,8 @@ def undamaged(path):
     except UserError as error:  # a setting that only a fork has
         raise UserError(f"{path} cannot be read by this script ({error}); go on with the one that wrote it") from None
     except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason[0][:80]}); start anew with "
+        reason = str(error).strip().partition("\n")[0][:80]
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}); start anew with "
                         f"--overwrite, or from its weights with --init_from={path.parent}") from None
 
 

@@ -148,10 +148,10 @@ class Samples:
             told = f"\n      right: {expected}" if at_start else ""
             print(f"    {title}{told}\n      -> {text}{'  (exact)' if answer == right else ''}", flush=True)
 
-    def right(self, model, batch=32):
+    def right(self, model):
         """How many answers are right: written exactly, or the likeliest of those that occur."""
         labels, right = sorted({*map(tuple, self.answers)}), 0
-        batch = batch if self.by == "exact" else max(1, 64 // len(labels))
+        batch = 32 if self.by == "exact" else max(1, 64 // len(labels))
         for start in range(0, len(self.prompts), batch):
             prompts, answers = self.prompts[start:start + batch], self.answers[start:start + batch]
             if self.by == "exact":
