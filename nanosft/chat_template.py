@@ -37,7 +37,10 @@ def read_chat_template(directory):
     path = Path(directory) / "tokenizer_config.json"
     template = read_json(path).get("chat_template") if path.exists() else None
     if isinstance(template, list):  # several, by name
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    if template and not isinstance(template, str):
+        raise UserError(f"{path}: its chat_template is no text; download it again")
     return template or None
 
 

@@ -363,8 +363,13 @@ def test_read_chat_template_finds_each_home(tmp_path):
     for name, values, expected in [("tokenizer_config.json", {}, None),
                                    ("tokenizer_config.json", {"chat_template": named[:1]}, None),
                                    ("tokenizer_config.json", {"chat_template": named}, "D"),
+                                   ("tokenizer_config.json", {"chat_template": ["D", {"template": "E"}]}, None),
                                    ("tokenizer_config.json", {"chat_template": "C"}, "C")]:
         (tmp_path / name).write_text(json.dumps(values), encoding="utf-8")
         assert read_chat_template(tmp_path) == expected
+    for damaged in (5, {"default": "D"}, [{"name": "default", "template": ["D"]}]):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": damaged}), encoding="utf-8")
+        with pytest.raises(UserError, match="tokenizer_config.json: its chat_template is no text; download it again"):
+            read_chat_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text("é\n", encoding="utf-8")
     assert read_chat_template(tmp_path) == "é\n"
