@@ -124,7 +124,7 @@ class LoadedModel:
 
     def read(self, ids, stop_text):
         """(text, ended) of an answer's ids so far: what stands before stop_text, and whether that or the stop came."""
-        made = self.encoding.decode([token for token in ids if token != self.stop])
+        made = self.encoding.decode([token for token in ids if token not in (None, self.stop)])
         text = made.partition(stop_text)[0] if stop_text else made
         return text, self.stop in ids or text != made
 
@@ -347,12 +347,15 @@ def answer_all(loaded, prompts, config):
         print(f"{len(prompts) - len(order)} of {len(prompts)} prompts are longer than the context of {context} tokens")
     for start in range(0, len(order), config.batch_size):
         batch = order[start:start + config.batch_size]
-        steps = loaded.generate([prompts[i] for i in batch], config)
-        for i, tokens in zip(batch, zip(*steps, strict=True), strict=True):
-            ids = [token for token in tokens if token is not None]
+        steps = []  # each a token a row, or None after its end
+        for tokens in loaded.generate([prompts[i] for i in batch], config):
+            steps.append(tokens)
+            if config.stop and all(loaded.read(ids, config.stop)[1] for ids in zip(*steps, strict=True)):
+                break
+        for i, ids in zip(batch, zip(*steps, strict=True), strict=True):
             answers[i], ended = loaded.read(ids, config.stop)
             if not ended:
-                is_full = len(ids) < config.max_new_tokens
+                is_full = len(steps) < config.max_new_tokens or None in ids
                 cut["by the context" if is_full else f"after {config.max_new_tokens} tokens (--max_new_tokens)"] += 1
         done = start + len(batch)
         status(f"{done:,} of {len(order):,} answered", end=done == len(order))

@@ -134,6 +134,20 @@ def test_what_cuts_an_answer_is_said(tmp_path, heard, capsys):
     assert " cut " not in capsys.readouterr().out
 
 
+def test_a_batch_ends_where_the_stop_text_has_come_in_every_row(tmp_path, monkeypatch, capsys):
+    model, steps = saved(tmp_path / "m", SPECS["chat"]), []
+
+    def generate(self, prompts, max_new_tokens, *_):
+        for tokens in zip(b"ab.cdefgh", [*b"a.", STOP, *[None] * 6], b"abcd.fghi", strict=True):
+            steps.append(tokens)
+            yield list(tokens)
+    monkeypatch.setattr(GPT, "generate", generate)
+    file, output = write_lines(tmp_path / "r.jsonl", [{"question": "a"}] * 3), tmp_path / "a"
+    use(model, file=str(file), stop=".", max_new_tokens=9, output=str(output))
+    assert [json.loads(line)["response"] for line in output.read_text().splitlines()] == ["ab", "a", "abcd"]
+    assert len(steps) == 5 and " cut " not in capsys.readouterr().out
+
+
 def test_an_answer_that_the_context_cuts_before_others_end_is_counted(tmp_path, capsys):
     model = saved(tmp_path / "m", SPECS["one"], tiny(block_size=64))
     file = write_lines(tmp_path / "r.jsonl", [{"question": "x" * 50}, {"question": "x"}])
