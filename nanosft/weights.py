@@ -70,7 +70,7 @@ def own_name(family, name):
 
 def checked(numbers, path):
     """GPTConfig's numbers as they were read from this file, if they can be a model's, with an end-of-text id."""
-    for name in {**NUMBERS["gpt2"], **numbers}.keys() & NUMBERS["llama"].keys():
+    for name in sorted({**NUMBERS["gpt2"], **numbers}.keys() & NUMBERS["llama"].keys()):
         number = numbers.get(name)
         if type(number) is not int or not 0 < number < 1 << 24:
             raise UserError(f"{path} is no configuration of a model: {name} is {number!r}; download or write it again")
