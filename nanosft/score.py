@@ -92,4 +92,4 @@ def summary(results):
         for key, title in (("likelihood", "likeliest label right"), ("majority", "always the commonest label"),
                            ("no_label", "answers with no known label"), ("exact", "exact match")):
             if key in result and count:
-                print(f"{title:28}{result[key]:5,} of {count:,} ({result[key] / count:.1%})")
+                print(f"{title} {result[key]}/{count} ({100 * result[key] / count:.1f} %)")

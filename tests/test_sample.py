@@ -357,7 +357,7 @@ def test_a_file_is_answered_in_order_scored_and_written(tmp_path, capsys):
     told[4]["output"] = None
     write_lines(source, told)
     assert use(model, **flags) == {"records": 5, "scored": 4, "exact": 1}
-    assert capsys.readouterr().out.splitlines()[-1] == "exact match                     1 of 4 (25.0%)"
+    assert capsys.readouterr().out.splitlines()[-1] == "exact match 1/4 (25.0 %)"
     assert json.loads(output.read_text().splitlines()[1]) == {**told[1], "model's response": answers[1]["response"]}
 
 
@@ -380,10 +380,10 @@ def test_a_file_with_few_answers_is_scored_as_classification(tmp_path, monkeypat
     assert [line.split() for line in lines[first:first + 5]] == [
         ["cat", "dog", "owl", "recall"], ["cat", "5", "1", "0", "83%"],
         ["dog", "2", "1", "0", "33%"], ["owl", "0", "1", "0", "0%"], ["precision", "71%", "33%", "-"]]
-    assert lines[-4:] == ["likeliest label right           6 of 10 (60.0%)",
-                          "always the commonest label      6 of 10 (60.0%)",
-                          "answers with no known label    10 of 10 (100.0%)",
-                          "exact match                     0 of 10 (0.0%)"]
+    assert lines[-4:] == ["likeliest label right 6/10 (60.0 %)",
+                          "always the commonest label 6/10 (60.0 %)",
+                          "answers with no known label 10/10 (100.0 %)",
+                          "exact match 0/10 (0.0 %)"]
 
 
 def test_labels_can_be_named_and_models_stand_side_by_side(tmp_path, capsys):

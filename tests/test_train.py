@@ -588,7 +588,7 @@ def test_eight_examples_come_out_word_for_word(fit, tmp_path, data, capsys):
     score = sample.main(sample.SampleConfig(model=str(tmp_path / "out" / "last"), file=str(file), batch_size=3,
                                             output=str(tmp_path / "answers.jsonl"), device="cpu", dtype="float32"))
     assert score == {"records": 8, "scored": 8, "exact": 8}
-    assert capsys.readouterr().out.endswith("exact match                     8 of 8 (100.0%)\n")
+    assert capsys.readouterr().out.endswith("exact match 8/8 (100.0 %)\n")
     answered = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert all(record["response"] == record["output"] for record in answered)
 
