@@ -75,7 +75,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
-    save_interval: int = -1  # steps between checkpoints; -1 = every 2 to 10 minutes; 0 = only at the end
+    save_interval: int = -1  # steps between checkpoints; -1 = with evaluations and every 10 minutes; 0 = only at the end
     best_by: str = "loss"  # what best/ follows, on validation records: loss | exact (answers) | likelihood (of labels)
     best_examples: int = 64  # validation records that are answered for that
     patience: int = 0  # stop after so many evaluations without a better one; 0 = never
@@ -481,12 +481,13 @@ def samples_of(run):
                           scored=count if by else 0)
 
 
-def save_is_due(config, state, saved, evaluated_now, total_steps):
-    """Whether a checkpoint is written after this step, at which the run has not ended; `saved`: when it last was."""
+def save_is_due(config, state, saved, save_seconds, evaluated_now, total_steps):
+    """Whether a checkpoint is written after this step, at which the run has not ended; `saved`: when it last was, and
+    `save_seconds` what that took. With evaluations it takes up to a twentieth of the time."""
     if state.skipped:
         return False
     if config.save_interval < 0:
-        return state.elapsed - saved >= (120 if evaluated_now else 600)
+        return state.elapsed - saved >= (20 * save_seconds if evaluated_now else 600)
     return state.step % (config.save_interval or total_steps) == 0
 
 
@@ -536,6 +537,7 @@ def train(config, device):
     # A limit of time becomes a number of steps, anew after each step, so that the learning rate comes to its end in
     # time. Time for the last evaluation is reserved.
     state.elapsed = saved = seconds()
+    save_seconds = 0.0
     answer_seconds = samples.expected_seconds(all_reduce(answer_seconds, "MAX"))
     pace = Pace(run.steps, config.max_minutes, run.compiles, run.val.lengths.sum(), answer_seconds, state.elapsed,
                 earlier=state.elapsed / state.step if state.step else 0.0)
@@ -585,7 +587,7 @@ def train(config, device):
                     total_steps, last = state.step, True
                     print(f"no better evaluation in {state.waited}: this is the end (--patience={config.patience})")
             # what outlasts the process: a row a step, and a checkpoint now and then
-            save = last or signum or save_is_due(config, state, saved, due, total_steps)
+            save = last or signum or save_is_due(config, state, saved, save_seconds, due, total_steps)
             if rank == 0:
                 report.append_row(out_dir / "log.csv", row, sync=save)
                 if track:
@@ -595,7 +597,7 @@ def train(config, device):
                 if save or due:
                     pictures.plot_losses(out_dir, config.best_by)
             if save:
-                saved = state.elapsed
+                saved, save_seconds = state.elapsed, seconds() - state.elapsed
             if state.skipped >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 "use --dtype=float32, or look at the data; what was saved before them stays")

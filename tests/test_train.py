@@ -370,12 +370,18 @@ def test_a_warm_up_that_never_ends_is_said(fit, capsys):
         assert (warning in capsys.readouterr().out) == said
 
 
-@pytest.mark.parametrize("eval_interval, expected", [(0, [20, 40, 50]), (3, [6, 12, 18, 24, 30, 36, 42, 48, 50])])
-def test_a_run_is_saved_with_evaluations_after_two_minutes_and_every_ten(eval_interval, expected, fit, clock,
-                                                                         monkeypatch):
-    saved, real = [], train.save_state
-    monkeypatch.setattr(train, "save_state", lambda run: saved.append(run.state.step) or real(run))
-    clock(30.0)
+@pytest.mark.parametrize("eval_interval, seconds, expected", [
+    (0, 0, [20, 40, 50]), (3, 0, [*range(3, 50, 3), 50]),
+    (3, 9, [3, 9, 15, 21, 27, 33, 39, 45, 50]), (3, 90, [3, *range(20, 50, 17), 50])])
+def test_a_run_is_saved_with_evaluations_for_a_twentieth_of_its_time_and_every_ten_minutes(
+        eval_interval, seconds, expected, fit, clock, monkeypatch):
+    saved, real, ours = [], train.save_state, clock(30.0)
+
+    def save_state(run):
+        saved.append(run.state.step)
+        ours.now += seconds
+        real(run)
+    monkeypatch.setattr(train, "save_state", save_state)
     fit(max_steps=50, eval_interval=eval_interval)
     assert saved == expected
 
