@@ -75,7 +75,7 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
     # evaluation and log
     eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
-    save_interval: int = -1  # steps between checkpoints; -1 = with evaluations and every 10 minutes; 0 = only at the end
+    save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, every 10 minutes; 0 = only at the end
     best_by: str = "loss"  # what best/ follows, on validation records: loss | exact (answers) | likelihood (of labels)
     best_examples: int = 64  # validation records that are answered for that
     patience: int = 0  # stop after so many evaluations without a better one; 0 = never

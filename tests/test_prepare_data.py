@@ -2,6 +2,7 @@
 import csv
 import gzip
 import json
+from itertools import combinations
 
 import jinja2
 import numpy as np
@@ -342,6 +343,9 @@ def test_an_epoch_is_shuffled_once_and_the_first_begins_with_the_longest_example
     assert order_of_epoch.cache_info().misses == 2
     assert max(data.lengths[first[0]]) == max(data) > max(data.lengths[second[0]])
     assert [len(batch) for batch in first] == [len(batch) for batch in second] == [8] * 125 + [3]
+    orders = [order_of_epoch(data, 8, seed, epoch) for seed, epoch in ((77, 0), (77, 1), (77, 2), (78, 0))]
+    neighbours = [set(zip(order, np.roll(order, 1), strict=True)) for order in orders]  # a turned order has the same
+    assert all(len(one & other) < 9 for one, other in combinations(neighbours, 2))
 
 
 def test_the_same_input_gives_the_same_bytes_and_a_new_run_replaces_the_old(prepare, tmp_path, capsys):
