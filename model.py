@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanosft.console import UserError
-from nanosft.hub import base_of, locate
+from nanosft.hub import base_trained_on, locate
 from nanosft.weights import file_name, read_adapter, read_pretrained, write_adapter, write_pretrained
 
 IGNORE_INDEX = -100  # a target that nothing is learned from; the default of F.cross_entropy
@@ -525,7 +525,7 @@ class GPT(nn.Module):
         train.py (its best weights; a LoRA adapter comes on its base). UserError for what is none, or does not fit."""
         path = locate(str(name_or_path))
         if path.name == "adapter_config.json":
-            return cls.from_pretrained(base_of(path), dropout, dtype).load_adapter(path.parent)
+            return cls.from_pretrained(base_trained_on(path), dropout, dtype).load_adapter(path.parent)
         state, numbers = read_pretrained(path, dtype)
         numbers["n_layer"] = min(numbers["n_layer"], len(state) + 1)  # enough to miss some
         with torch.device("meta"):  # no memory and no initial values for what the file fills

@@ -23,9 +23,9 @@ from nanosft import llamacpp, templates
 from nanosft.chat_template import read_chat_template
 from nanosft.console import UserError, status
 from nanosft.device import keep_freed_memory, pick_device, pick_dtype
-from nanosft.files import atomic_file, read_json, sha256_of, write_json
+from nanosft.files import atomic_file, read_json, write_json
 from nanosft.flags import check, run
-from nanosft.hub import base_of, locate, weight_files
+from nanosft.hub import base_of, base_trained_on, locate
 from nanosft.records import NAME, Message, columns_of, take, text_of, to_messages, whole
 from nanosft.score import classify, label_set, score, summary
 from nanosft.shards import load_meta
@@ -144,17 +144,11 @@ def stored_spec(path):
 
 
 def load_model(path, dtype, bases):
-    """The model of a weights file. `bases` keeps those that are loaded: adapters over one base share its memory. An
-    adapter's base must be the one that it was trained on."""
+    """The model of a weights file. `bases` keeps those that are loaded: adapters over one base share its memory."""
     if path.name != "adapter_config.json":
         bases[path] = bases.get(path) or GPT.from_pretrained(path, dtype=dtype)
         return bases[path]
-    base, stored = base_of(path), path.parent / "prompt.json"
-    trained_on = read_json(stored).get("base_sha256") if stored.is_file() else None
-    if trained_on and sha256_of(*weight_files(base)) != trained_on:
-        raise UserError(f"{path.parent} was trained on other weights than {base} holds; write the path of those into "
-                        f"{path} as base_model_name_or_path")
-    model = load_model(base, dtype, bases)
+    model = load_model(base_trained_on(path), dtype, bases)
     shared = {id(parameter): parameter for parameter in model.parameters()}
     return copy.deepcopy(model, shared).load_adapter(path.parent)
 

@@ -12,6 +12,7 @@ supervised tokens in the whole step.
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import sys
 import time
@@ -200,7 +201,8 @@ def build_model(config, meta, checkpoint, dtype):
     what training began with: its name or path and, under LoRA, which stores no weights of its own, its sha256. What is
     frozen is read in `dtype`, the one computed in, and never in float32."""
     if checkpoint and not config.lora_rank:
-        return GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["base"]
+        with undamaged(Path(config.out_dir) / "ckpt.pt"):  # a fork's model may have other settings
+            return GPT(GPTConfig(**checkpoint["model_config"])), checkpoint["base"]
     init_from = config.init_from or meta["model"] or ("gpt2" if meta["encoding"] == "gpt2" else "scratch")
     is_path = init_from != "scratch" and Path(init_from).exists()
     base = {"name": str(Path(init_from).resolve()) if is_path else init_from}  # a run may go on from elsewhere
@@ -279,8 +281,10 @@ def resume(config, out_dir):
         changes.setdefault("init_from", values["base"]["name"])  # as it is found from elsewhere
     if fixed:
         raise UserError(f"--resume goes on with the settings in {out_dir}; drop {', '.join(fixed)}, or start a new run "
-                        f"from its weights with --init_from={out_dir}")
+                        f"from its weights with --init_from={shlex.quote(str(out_dir))}")
     config = dataclasses.replace(saved, **changes)
+    if saved.lora_rank and os.path.isabs(config.init_from) and not os.path.exists(config.init_from):
+        raise UserError(f"--resume: the base {config.init_from} is not there; say with --init_from where it is")
     if not (Path(config.data_dir) / "meta.json").exists():
         raise UserError(f"--resume: the run's data are not in {config.data_dir}; say with --data_dir where they are")
     return config, values, tensors
@@ -403,7 +407,7 @@ def set_up(config, device):
     meta = load_meta(config.data_dir)
     if values and values["data"] != meta["checksum"]:
         raise UserError(f"--resume: {config.data_dir} is not the data that this run began with: prepare it as before, "
-                        f"or start a new run with --init_from={config.out_dir}")
+                        f"or start a new run with --init_from={shlex.quote(config.out_dir)}")
     torch.manual_seed(config.seed)
     data, val = Shards(config.data_dir, meta, "train", config.max_examples), Shards(config.data_dir, meta, "val")
     dtype = getattr(torch, values["dtype"]) if values else pick_dtype(config.dtype, device)
@@ -613,12 +617,15 @@ def say_what_follows(config, state, signum, nothing_done):
     out_dir = "" if config.out_dir == TrainConfig.out_dir else shlex.quote(config.out_dir)
     if signum:
         flag = out_dir and f" --out_dir={out_dir}"
-        print(f"stopped after step {state.step:,} and saved; go on with: python train.py --resume{flag}")
+        script = shlex.quote(Path(__file__).name)  # a fork has another
+        print(f"stopped after step {state.step:,} and saved; go on with: python {script} --resume{flag}")
         sys.exit(128 + signum)
     if nothing_done:
         print("nothing to do: raise what ended the run, --epochs, --max_steps, --max_minutes or --patience")
         return
     best = f"best validation loss {state.best_val_loss:.4f}; " if math.isfinite(state.best_val_loss) else ""
+    if best and config.best_by != "loss":
+        best = f"best by {config.best_by} {state.best_val_score:.1%}, at validation loss {state.best_val_loss:.4f}; "
     flag = out_dir and f" --model={out_dir}"
     steps = "1 step" if state.step == 1 else f"{state.step:,} steps"
     print(f"done: {steps} in {state.elapsed / 60:.1f} minutes; {best}next: python sample.py{flag}")

@@ -1,6 +1,7 @@
 """ckpt.pt, all that a run needs to go on: written in one piece, checked when it is read; and the directory of a run."""
 import contextlib
 import os
+import shlex
 import shutil
 
 import torch
@@ -55,7 +56,7 @@ def undamaged(path):
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:80]
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {reason}); start anew with "
-                        f"--overwrite, or from its weights with --init_from={path.parent}") from None
+                        f"--overwrite, or from its weights with --init_from={shlex.quote(str(path.parent))}") from None
 
 
 @contextlib.contextmanager
@@ -90,7 +91,7 @@ def clear(out_dir, names):
         for path in directory.glob("*.[0-9]*.tmp"):
             path.unlink()
     for name in names:
-        if (out_dir / name).is_dir():
+        if (out_dir / name).is_dir() and not (out_dir / name).is_symlink():
             shutil.rmtree(out_dir / name)
         else:
             (out_dir / name).unlink(missing_ok=True)

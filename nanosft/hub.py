@@ -157,6 +157,16 @@ def base_of(path):
     return found
 
 
+def base_trained_on(path):
+    """What base_of finds, if it is what this adapter was trained on, where prompt.json beside it tells."""
+    base, stored = base_of(path), path.parent / "prompt.json"
+    trained_on = read_json(stored).get("base_sha256") if stored.is_file() else None
+    if trained_on and sha256_of(*weight_files(base)) != trained_on:
+        raise UserError(f"{path.parent} was trained on other weights than {base} holds; write the path of those into "
+                        f"{path} as base_model_name_or_path")
+    return base
+
+
 def locate(name_or_path):
     """The weights file, index of several, or adapter_config.json behind a name on the hub, a directory or a file."""
     path = Path(name_or_path)

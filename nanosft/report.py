@@ -38,10 +38,13 @@ def cut_rows(path, step):
 
 
 def append_row(path, row, sync):
-    """Adds a row to log.csv; with `sync` it outlasts a loss of power."""
-    with opened(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, row)
-        if not file.tell():
+    """Adds a row to log.csv, under the names that stand there (a fork may have others); with `sync` it outlasts a loss
+    of power."""
+    with opened(path, "a+", newline="", encoding="utf-8") as file:
+        file.seek(0)
+        names = next(csv.reader(file), None)
+        writer = csv.DictWriter(file, names or row, restval="", extrasaction="ignore")
+        if not names:
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
         if sync:

@@ -7,13 +7,13 @@ prompt_format and response_format; `bring_tokenizer` adds to it what a model's o
 """
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import tiktoken
 
 from nanosft.chat_template import Special, read_chat_template, render_chat_template
 from nanosft.console import UserError
+from nanosft.files import atomic_file
 from nanosft.hub import TOKENIZER
 from nanosft.records import NAME, Message, Unusable, columns_of, fill
 from nanosft.shards import START, SUPERVISED
@@ -196,11 +196,12 @@ REFUSE = ("{% if messages | map(attribute='role') | list not in [['user'], ['use
 
 def copy_tokenizer(source, target, spec):
     """Copies the tokenizer in one directory, if there is one, into another, with the spec as its chat template."""
-    for name in TOKENIZER:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
-    if (Path(target) / "tokenizer.json").exists() and spec["template"] != "model" and chat_template(spec):
-        (Path(target) / "chat_template.jinja").write_text(chat_template(spec), encoding="utf-8")
+    files = {name: (Path(source) / name).read_bytes() for name in TOKENIZER if (Path(source) / name).is_file()}
+    if "tokenizer.json" in files and spec["template"] != "model" and chat_template(spec):
+        files["chat_template.jinja"] = chat_template(spec).encode()
+    for name, content in files.items():
+        with atomic_file(Path(target) / name) as file:
+            file.write(content)
 
 
 def chat_template(spec):

@@ -140,13 +140,16 @@ def test_an_adapter_goes_on_only_over_the_weights_that_it_was_begun_on(fit, base
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert fit(resume=True, max_steps=7).step == 7
-    shutil.copytree(base, tmp_path / "moved")  # the same base by another name
+    shutil.move(base, tmp_path / "moved")  # the same base by another name
+    with pytest.raises(UserError, match=f"--resume: the base {base} is not there; say with --init_from where it is"):
+        fit(resume=True, max_steps=8)
     assert fit(resume=True, init_from=str(tmp_path / "moved"), max_steps=8).step == 8
     tiny(block_size=128, seed=8).save_pretrained(tmp_path / "moved")
     with pytest.raises(UserError, match="this adapter was not begun on .*; name its base with --init_from"):
         fit(resume=True, max_steps=9)
-    with pytest.raises(UserError, match="was trained on other weights than"):
-        sample.main(SampleConfig(model=str(tmp_path / "out"), prompt="x", device="cpu"))
+    for use in (lambda path: sample.main(SampleConfig(model=path, prompt="x", device="cpu")), GPT.from_pretrained):
+        with pytest.raises(UserError, match="was trained on other weights than"):
+            use(str(tmp_path / "out"))
 
 
 def test_adapters_drop_in_training_alone_and_targets_are_as_named():

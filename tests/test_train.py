@@ -32,7 +32,7 @@ from nanosft.files import crc32_of_json
 from nanosft.flags import ELSEWHERE, parse_config
 from nanosft.optimizer import AdamW
 from nanosft.shards import Shards, examples_of_step, load_meta, micro_batches, write_meta
-from nanosft.templates import get_encoding
+from nanosft.templates import copy_tokenizer, get_encoding
 from train import TrainConfig, learning_rate_at
 
 BASE = dict(n_layer=2, n_head=2, n_embd=32, device="cpu", dtype="float32", compile="off", max_steps=6, eval_interval=3,
@@ -503,7 +503,9 @@ def test_best_follows_the_answers_where_that_is_asked_for(by, fit, prepare, tmp_
                 best_examples=10)
     assert (state.best_val_score, state.best_val_loss, state.waited) == (0.5, 3.0, 1)
     assert [row["val_score"] for row in rows(tmp_path / "out")] == ["0.3", "0.5", "0.5", "0.4"]
-    assert f"step 3, validation loss 3.0000, {by} 5 of 10, the best so far" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"step 3, validation loss 3.0000, {by} 5 of 10, the best so far" in out
+    assert f"best by {by} 50.0%, at validation loss 3.0000; next:" in out
     monkeypatch.setattr(report.Samples, "right", lambda *_: 10)
     fit("three", data_dir=data, max_steps=3, eval_interval=0, lr_schedule="constant", warmup_ratio=0, best_examples=10)
     assert rows(tmp_path / "three")[2]["val_score"] == "1"  # a small model's answers are counted unasked, for the eye
@@ -728,6 +730,46 @@ def test_a_log_that_somebody_has_edited_loses_no_row(fit, tmp_path):
     log.write_text("\n".join([*lines[:3], "", *lines[3:]]))  # a blank line, and no end of the last one
     fit(resume=True, max_steps=6)
     assert column(tmp_path / "out", "step") == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_stand_under_the_names_of_the_log_whoever_began_it(fit, tmp_path):
+    fit(max_steps=2)
+    log = tmp_path / "out" / "log.csv"
+    names, *lines = log.read_text().splitlines()
+    log.write_text("\n".join([f"noise,{names}", *(f"{line.split(',')[0]},{line}" for line in lines)]) + "\n")
+    fit(resume=True, max_steps=4)  # by a script that has no such column
+    steps = rows(tmp_path / "out")
+    assert [row["step"] for row in steps] == ["1", "2", "3", "4"] and steps[3]["noise"] == "" != steps[1]["noise"]
+    assert float(steps[3]["learning_rate"]) < 1 and steps[3].keys() == {"noise", *names.split(",")}
+
+
+def test_a_tokenizer_beside_the_weights_is_replaced_wholly_or_not_at_all(tmp_path, monkeypatch):
+    for name, text in (("source", "new"), ("target", "old")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        copy_tokenizer(tmp_path / "source", tmp_path / "target", {"template": "model"})
+    assert (tmp_path / "target" / "tokenizer.json").read_text() == "old"
+    assert len(list((tmp_path / "target").iterdir())) == 1
+
+
+def test_a_link_in_the_place_of_best_is_unlinked_by_overwrite(fit, tmp_path):
+    fit(max_steps=2)
+    (tmp_path / "out" / "best").rename(tmp_path / "kept")
+    (tmp_path / "out" / "best").symlink_to(tmp_path / "kept")
+    fit(max_steps=2, overwrite=True, seed=7)
+    assert (tmp_path / "kept" / "model.safetensors").exists() and not (tmp_path / "out" / "best").is_symlink()
+
+
+def test_what_goes_on_with_a_fork_is_the_fork(monkeypatch, capsys):
+    monkeypatch.setattr(train, "__file__", "/somewhere/my train.py")
+    with pytest.raises(SystemExit):
+        train.say_what_follows(TrainConfig(), train.RunState(step=3), signal.SIGTERM, False)
+    assert capsys.readouterr().out.endswith("go on with: python 'my train.py' --resume\n")
 
 
 def test_answers_in_training_stop_at_the_context_and_show_no_template(data, capsys):
