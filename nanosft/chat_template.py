@@ -76,13 +76,12 @@ def render_roles(source, roles, bos, eos, specials):
             elif roles[-1] == "assistant":  # in a prompt a template may have shortened earlier answers
                 raise Unusable(UNFIT, f"its prompt is not the beginning of {' + '.join(roles)}; {REMEDY}")
     strips, segments = [], []
-    special = {text: text if isinstance(text, Special) else Special(text) for text in specials}
     longest_first = sorted(map(re.escape, specials), key=len, reverse=True)
     for number, (start, stop) in enumerate(pairwise([*ends, len(text)])):
         answered, ordinary = False, ""  # `number` becomes 0 where its answer has ended
         for piece in re.split(f"({'|'.join([PLACEHOLDER, *longest_first])})", text[start:stop]):
-            if piece in special:
-                segments += [(ordinary, number), (special[piece], number)]
+            if piece in specials:
+                segments += [(ordinary, number), (Special(piece), number)]
                 number, ordinary = 0 if answered else number, ""
             elif re.fullmatch(PLACEHOLDER, piece):
                 ordinary += f"{{{len(strips)}}}"

@@ -55,7 +55,8 @@ def render(messages, spec):
     if template == "model":
         return render_chat_template(messages, spec)
     if template == "chat":
-        return render_chat_template(messages, CHAT)
+        segments = render_chat_template(messages, CHAT)
+        return [(EOT if isinstance(text, Special) else text, learned) for text, learned in segments]
     if prompt is not None:  # a prompt and its answer stay as they are
         segments = [(prompt or EOT, False)]  # something must stand first
     elif template == "alpaca":

@@ -16,7 +16,7 @@ MUTATIONS = {
     # data
     "targets shifted twice": ('''& SUPERVISED, own[1:], IGNORE_INDEX)''', '''& SUPERVISED, np.roll(own, -1)[1:], IGNORE_INDEX)'''),
     "mask ignored": ('''np.where(example["flags"][1:] & SUPERVISED,''', '''np.where(example["flags"][1:] < 9,'''),
-    "stop not supervised": ('''(special[piece], number)]''', '''(special[piece], 0)]'''),
+    "stop not supervised": ('''(Special(piece), number)]''', '''(Special(piece), 0)]'''),
     "stop of alpaca not supervised": ('''(EOT, messages[1].learned)]''', '''(EOT, False)]'''),
     "prompt supervised": ('''learned = [False, *(''', '''learned = [True, *('''),
     "special text encoded as special": ('''part = encoding.encode_ordinary(text)''', '''part = encoding.encode(text, allowed_special="all")'''),
