@@ -20,11 +20,6 @@ from nanosft.shards import START, SUPERVISED
 from nanosft.tokenizer import read_tokenizer
 
 EOT = Special("<|endoftext|>")  # by whatever name the encoding has it
-# GPT-2's conversations: one end-of-text between two turns closes one, supervised if that is an answer to learn, and
-# opens the next
-CHAT = {"chat_template": "{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"
-                         "{{ eos_token }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",
-        "bos_token": "", "eos_token": EOT, "special_tokens": [EOT]}
 
 
 # ---- messages become segments ---------------------------------------------------------------------------------------
@@ -55,8 +50,7 @@ def render(messages, spec):
     if template == "model":
         return render_chat_template(messages, spec)
     if template == "chat":
-        segments = render_chat_template(messages, CHAT)
-        return [(EOT if isinstance(text, Special) else text, learned) for text, learned in segments]
+        return render_chat(messages)
     if prompt is not None:  # a prompt and its answer stay as they are
         segments = [(prompt or EOT, False)]  # something must stand first
     elif template == "alpaca":
@@ -77,6 +71,21 @@ def as_turns(messages):
     roles = {"prompt": "user", "completion": "assistant"}
     return [message._replace(role=roles[message.role], fields={"content": next(iter(message.fields.values()))})
             if message.role in roles else message for message in messages]
+
+
+def render_chat(messages):
+    """One end-of-text between two turns closes one, supervised if that is an answer to learn, and opens the next."""
+    segments, learned = [], False
+    for role, fields, is_learned in messages:
+        content = "\n\n".join(filter(None, fields.values()))
+        segments.append((EOT, learned))
+        learned = role == "assistant" and is_learned
+        if role == "assistant":
+            segments += [("assistant\n", False), (content, learned)]
+        else:
+            segments.append((f"{role}\n{content}", False))
+    segments.append((EOT, learned))
+    return segments if messages[-1].role == "assistant" else [*segments, ("assistant\n", False)]
 
 
 def render_answer(text, spec):
@@ -209,7 +218,8 @@ def chat_template(spec):
     """The spec as a Jinja template for transformers, which refuses a conversation that the spec cannot hold. None where
     it is no conversation: plain text, or several columns."""
     if spec["template"] == "chat":
-        return CHAT["chat_template"]
+        return ("{% for m in messages %}{{ eos_token + m['role'] + '\n' + m['content'] }}{% endfor %}"
+                "{{ eos_token }}{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}")
     columns = columns_of(spec["prompt_format"])
     if spec["template"] in ("", "text") or len(columns) > 1 or (spec["response_format"] and not columns):
         return None

@@ -16,9 +16,10 @@ MUTATIONS = {
     # data
     "targets shifted twice": ('''& SUPERVISED, own[1:], IGNORE_INDEX)''', '''& SUPERVISED, np.roll(own, -1)[1:], IGNORE_INDEX)'''),
     "mask ignored": ('''np.where(example["flags"][1:] & SUPERVISED,''', '''np.where(example["flags"][1:] < 9,'''),
-    "stop not supervised": ('''(Special(piece), number)]''', '''(Special(piece), 0)]'''),
+    "stop not supervised": ('''    segments.append((EOT, learned))\n    return segments''', '''    segments.append((EOT, False))\n    return segments'''),
     "stop of alpaca not supervised": ('''(EOT, messages[1].learned)]''', '''(EOT, False)]'''),
-    "prompt supervised": ('''learned = [False, *(''', '''learned = [True, *('''),
+    "prompt supervised": ('''(f"{role}\\n{content}", False)''', '''(f"{role}\\n{content}", True)'''),
+    "prompt of a model\'s template supervised": ('''learned = [False, *(''', '''learned = [True, *('''),
     "special text encoded as special": ('''part = encoding.encode_ordinary(text)''', '''part = encoding.encode(text, allowed_special="all")'''),
     "split by record, not by prompt": ('''f"{seed} {''.join(prompt)}".encode()''', '''f"{seed} {''.join(marked)}".encode()'''),
     "checksum of a shard not verified": ('''or crc32_of(path) != checksum:''', '''or not crc32_of(path):'''),
