@@ -26,7 +26,9 @@ KNOWN = {name for names in NAMES.values() for name in names}
 
 def kind_of(path):
     """json, table, text or parquet; None for other files."""
-    return KINDS.get(path.name.lower().removesuffix(".gz").rpartition(".")[2])
+    name = path.name.lower()
+    kind = KINDS.get(name.removesuffix(".gz").rpartition(".")[2])
+    return None if kind == "parquet" and name.endswith(".gz") else kind  # parquet compresses by itself
 
 
 def paths_of(flag, names):

@@ -269,12 +269,12 @@ def test_rows_that_the_viewer_has_cut_are_told_from_whole_ones(tmp_path):
             ROWS[0], {**ROWS[1], "truncated_cells": ["a"]}]
 
 
-def test_hidden_folders_are_not_read(tmp_path, capsys):
-    for name in (".hidden/a.jsonl", "sub/.b.jsonl", "sub/c.jsonl", "sub/d.pdf"):
+def test_hidden_folders_and_packed_parquet_are_not_read(tmp_path, capsys):
+    for name in (".hidden/a.jsonl", "sub/.b.jsonl", "sub/c.jsonl", "sub/d.parquet.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     assert paths_of("input", str(tmp_path)) == [tmp_path / "sub" / "c.jsonl"]
-    assert capsys.readouterr().out == f"{tmp_path}: not read: d.pdf\n"
+    assert capsys.readouterr().out == f"{tmp_path}: not read: d.parquet.gz\n"
 
 
 def test_a_row_is_where_it_begins_and_an_empty_text_counts(tmp_path):
