@@ -220,7 +220,7 @@ def answered_part(messages):
 
 def encode_records(records, split, spec, config, encoding, report):
     """Yields (split, record, messages, examples) for each located record that stays."""
-    seen = set()
+    seen, too_long = set(), Unusable(f"longer than --block_size={config.block_size}")
     for location, record in records:
         report.records += 1
         if report.records % 2000 == 0:
@@ -235,10 +235,12 @@ def encode_records(records, split, spec, config, encoding, report):
             if kind != report.kind:
                 remedy = "" if "text" in (kind, report.kind) else "; --template=chat takes both"
                 raise Unusable("not of the kind of the first", f"a {kind} among {report.kind} records{remedy}")
+            if len(kept) > config.block_size:  # to render thousands of turns takes minutes
+                raise too_long
             segments = templates.render(kept, spec)
             ids, flags = templates.encode(segments, encoding, config.train_on_prompt)
             if len(ids) > config.block_size + 1 and kind != "text":
-                raise Unusable(f"longer than --block_size={config.block_size}")
+                raise too_long
         except Unusable as error:
             if config.strict:
                 raise UserError(f"{location}: {error}") from None

@@ -188,7 +188,7 @@ def load(config):
         spec = templates.bring_tokenizer(spec, encoding, directory)
         # one in foreign words that has far more tokens has others
         if not 0 <= model.config.vocab_size - encoding.n_vocab < (PADDING if is_foreign else math.inf):
-            remedy = "ask it alone" if is_foreign else f"put the model's tokenizer.json into {directory}"
+            remedy = "ask it alone, without one" if is_foreign else f"put the model's tokenizer.json into {directory}"
             raise UserError(f"--model={name} has {model.config.vocab_size} token ids, the {encoding.name} encoding "
                             f"{encoding.n_vocab}: give the --data_dir that it was trained on, or {remedy}")
         vocabulary = directory if encoding.name == "tokenizer.json" else ""

@@ -73,6 +73,7 @@ def ask(url):
     session = requests.Session()
     settings = session.merge_environment_settings(url, {}, True, None, None)  # the user's proxies and certificates
     session.trust_env = False  # but no netrc, which would take the token's place
+    session.rebuild_proxies = requests.utils.resolve_proxies  # where the hub sends on to, others may be the user's
     return session.get(url, headers=headers, timeout=30, **settings)
 
 

@@ -73,11 +73,11 @@ def open_text(path, encoding="", newline=""):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         head = file.read(2**20)
-    seen = json.detect_encoding(head)  # UTF-8, unless a mark or the place of zeros tells another
-    if seen != "utf-8" or is_utf8(head):
+    seen = json.detect_encoding(head)  # by its mark or, less surely, the place of zeros; else UTF-8
+    if not encoding or seen in ("utf-8-sig", "utf-16", "utf-32") or is_utf8(head):
         encoding = seen
     try:
-        return opener(path, "rt", encoding=encoding or seen, newline=newline)
+        return opener(path, "rt", encoding=encoding, newline=newline)
     except LookupError:
         raise UserError(f"--text_encoding: Python knows no {encoding!r}; try cp1252 or utf-16") from None
 
@@ -200,7 +200,7 @@ def read_table(file, name):
     delimiter = max(headers, key=lambda delimiter: len(headers[delimiter]))  # the first of equals
     spaced = any(column.startswith(" ") for column in headers[delimiter][1:])
     dialect = {"delimiter": delimiter, "skipinitialspace": spaced}
-    columns = next(filter(any, rows_of(**dialect)), [])
+    columns = next(filter(any, rows_of(**dialect, strict=True)), [])
     while columns and not columns[-1]:  # Excel's empty ones
         columns.pop()
     columns = [(column.strip() if spaced else column) or f"column {number}" for number, column in enumerate(columns, 1)]

@@ -168,7 +168,7 @@ MUTATIONS = {
     "half an answer learned": ('''is_empty = any(name in record''', '''is_empty = bool(answers) and all(name in record'''),
     "a foreign vocabulary asked": ('''if path.parent != vocabulary and has_other_vocabulary(path.parent, vocabulary):''', '''if False:'''),
     "a column named twice is two": ('''return list(dict.fromkeys(NAME.findall(wording)))''', '''return NAME.findall(wording)'''),
-    "UTF-8 read as something else": ('''if seen != "utf-8" or is_utf8(head):''', '''if not encoding:'''),
+    "UTF-8 read as something else": (''' or is_utf8(head):''', ''':'''),
     "a row is where it ends": ('''line, stop = stop + 1, rows.line_num + skipped''', '''line = stop = rows.line_num + skipped'''),
     "Ollama's answers end without their end": ('''TURN.format("assistant", answered)''', '''TURN.format("assistant", "")'''),
     "Ollama keeps turns that were never learned": ('''    if loaded.keeps_turns():\n        with contextlib''', '''    if loaded.is_chat():\n        with contextlib'''),

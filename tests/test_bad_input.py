@@ -195,6 +195,7 @@ RECORDS = [
     ("wide.tsv", "text\tb\n1\t2\t3\n", "wide.tsv, line 2: 3 fields where the header has 2; quote fields that hold"),
     ("twice.csv", "text,b,text\n1,2,3\n", r"twice.csv, line 1: duplicate column names in \['text'.*; rename them"),
     ("unclosed.csv", 'text,b\n1,"2\n3,4\n', "unclosed.csv, in or after line 1: unexpected end of data"),
+    ("header.tsv", 'text\t"b\n1\t2\n3\t4\n', "header.tsv, in or after line 1: unexpected end of data; check"),
     ("columns.csv", "Q,a\n1,2\n", "unknown kind of record .first: columns.csv, line 2: 'Q', 'a'; .* --prompt_format"),
     # formats
     ("one.csv", "title,text\n1,2\n", "--response_format names {label}; the columns are title, text", COLUMNS),

@@ -334,6 +334,15 @@ class Lengths(list):
     lengths = property(np.array)
 
 
+def test_a_conversation_of_more_turns_than_tokens_is_dropped_before_it_is_rendered(prepare, monkeypatch, capsys):
+    rendered, real = [], prepare_data.templates.render
+    monkeypatch.setattr(prepare_data.templates, "render", lambda kept, spec: rendered.append(kept) or real(kept, spec))
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    prepare([{"messages": turns * n} for n in [300, *range(1, 20)]], template="chat", block_size=599)
+    assert len(rendered) == 19
+    assert "1 dropped: longer than --block_size=599 (first: records.jsonl, line 1)" in capsys.readouterr().out
+
+
 def test_an_epoch_is_shuffled_once_and_the_first_begins_with_the_longest_example():
     order_of_epoch.cache_clear()
     data = Lengths(np.random.default_rng(3).integers(1, 90, 1003).tolist())

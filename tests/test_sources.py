@@ -303,6 +303,8 @@ def test_other_encodings_are_named(tmp_path):
     for number, (encoding, text) in enumerate([("cp1252", "é"), ("utf-8", "é"), ("utf-8-sig", "e"), ("utf-16", "é")]):
         (tmp_path / f"{number}.csv").write_bytes(f"question,answer\n{text},a\n".encode(encoding))
         assert next(read_records(tmp_path / f"{number}.csv", "cp1252"))[1] == {"question": text, "answer": "a"}
+    (tmp_path / "a.txt").write_bytes("\u3000\u3000第一章".encode("utf-16-le"))  # by its zeros it seems to be UTF-16-BE
+    assert next(read_records(tmp_path / "a.txt", "utf-16-le"))[1] == {"text": "\u3000\u3000第一章"}
     (tmp_path / "b.csv").write_bytes("question,answer\nдом,да\n".encode("utf-16"))
     assert [record for _, record in read_records(tmp_path / "b.csv")] == [{"question": "дом", "answer": "да"}]
 
