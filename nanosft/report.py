@@ -40,11 +40,11 @@ def cut_rows(path, step):
 def append_row(path, row, sync):
     """Adds a row to log.csv, under the names that stand there (a fork may have others); with `sync` it outlasts a loss
     of power."""
-    with opened(path, "a+", newline="", encoding="utf-8") as file:
-        file.seek(0)
-        names = next(csv.reader(file), None)
-        writer = csv.DictWriter(file, names or row, restval="", extrasaction="ignore")
-        if not names:
+    with opened(path, "a", newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8", errors="replace") as log:
+            names = next(csv.reader(log), row)
+        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+        if not file.tell():
             writer.writeheader()
         writer.writerow({name: f"{value:.8g}" if isinstance(value, float) else value for name, value in row.items()})
         if sync:
