@@ -67,21 +67,26 @@ class PrepareConfig:
     show: int = 1  # print this many rendered examples, supervised tokens in colour
 
     def __post_init__(self):
-        problems = {
-            "--response_format: needed with --prompt_format": self.prompt_format and not self.response_format,
-            f"--response_format: {self.response_format!r} names no column, as {{label}} does":
-                self.response_format and not NAME.search(self.response_format),
-            f"--template: {self.template} leaves no place for --prompt_format; leave one of them out":
-                self.prompt_format and self.template in ("alpaca", "text"),
-            "--block_size: 1 is below 2": self.block_size == 1,
-            "--input: needed with --val_input and --test_input": not self.input and (self.val_input or self.test_input),
-            "--encoding: the model brings its own; give it or --model": self.model and self.encoding,
-            "--template: model needs --model": self.template == "model" and not self.model,
-            f"--test_fraction: {self.test_fraction} with --val_fraction={self.val_fraction} leaves nothing to train on":
-                self.val_fraction + self.test_fraction >= 1}
-        check(self, at_least={"shard_tokens": 1}, fractions=("val_fraction", "test_fraction"),
-              choices={"template": ("", "alpaca", "chat", "text", "model")},
-              problems=[problem for problem, is_there in problems.items() if is_there])
+        problems = []
+        if self.prompt_format and not self.response_format:
+            problems.append("--response_format: needed with --prompt_format")
+        if self.response_format and not NAME.search(self.response_format):
+            problems.append(f"--response_format: {self.response_format!r} names no column, as {{label}} does")
+        if self.prompt_format and self.template in ("alpaca", "text"):
+            problems.append(f"--template: {self.template} leaves no place for --prompt_format; leave one of them out")
+        if self.block_size == 1:
+            problems.append("--block_size: 1 is below 2")
+        if not self.input and (self.val_input or self.test_input):
+            problems.append("--input: needed with --val_input and --test_input")
+        if self.model and self.encoding:
+            problems.append("--encoding: the model brings its own; give it or --model")
+        if self.template == "model" and not self.model:
+            problems.append("--template: model needs --model")
+        if self.val_fraction + self.test_fraction >= 1:
+            problems.append(f"--test_fraction: {self.test_fraction} with --val_fraction={self.val_fraction} leaves "
+                            "nothing to train on")
+        check(self, at_least={"shard_tokens": 1}, fractions=("val_fraction", "test_fraction"), problems=problems,
+              choices={"template": ("", "alpaca", "chat", "text", "model")})
 
 
 # ---- input ----------------------------------------------------------------------------------------------------------
@@ -220,7 +225,7 @@ def answered_part(messages):
 
 def encode_records(records, split, spec, config, encoding, report):
     """Yields (split, record, messages, examples) for each located record that stays."""
-    seen, too_long = set(), Unusable(f"longer than --block_size={config.block_size}")
+    seen, too_long = set(), f"longer than --block_size={config.block_size}"
     for location, record in records:
         report.records += 1
         if report.records % 2000 == 0:
@@ -236,11 +241,11 @@ def encode_records(records, split, spec, config, encoding, report):
                 remedy = "" if "text" in (kind, report.kind) else "; --template=chat takes both"
                 raise Unusable("not of the kind of the first", f"a {kind} among {report.kind} records{remedy}")
             if len(kept) > config.block_size:  # to render thousands of turns takes minutes
-                raise too_long
+                raise Unusable(too_long)
             segments = templates.render(kept, spec)
             ids, flags = templates.encode(segments, encoding, config.train_on_prompt)
             if len(ids) > config.block_size + 1 and kind != "text":
-                raise too_long
+                raise Unusable(too_long)
         except Unusable as error:
             if config.strict:
                 raise UserError(f"{location}: {error}") from None

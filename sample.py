@@ -66,25 +66,29 @@ class SampleConfig:
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
 
     def __post_init__(self):
-        is_greedy = self.temperature == 0
-        rules = (  # what is wrong, and what is said then
-            (not (is_greedy or 1e-6 <= self.temperature < math.inf),
-             f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on"),
-            (not 0 < self.top_p <= 1, f"--top_p: {self.top_p} is not in (0, 1]"),
-            (not 0.01 <= self.repetition_penalty <= 100,
-             f"--repetition_penalty: {self.repetition_penalty} is not in [0.01, 100]; 1 changes nothing"),
-            (is_greedy and (self.top_k or self.top_p < 1 or self.num_samples > 1),
-             "--temperature: at 0 the likeliest token is taken; give 1 with --top_k, --top_p or --num_samples"),
-            (self.file and (self.prompt or self.prompt_file or self.input or self.answer or self.num_samples > 1),
-             "--file: gets one whole answer a record; leave out --prompt, --prompt_file, --input, --answer and "
-             "--num_samples"),
-            (self.prompt and self.prompt_file, "--prompt_file: holds the prompt; leave out --prompt"),
-            (self.labels and not self.file, "--labels: for the records of --file; give that"),
-            (self.export and len(names_of(str(self.model))) > 1, "--export: writes one model; name one with --model"))
+        problems = []
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            problems.append(f"--temperature: {self.temperature} is neither 0 nor a number from 1e-6 on")
+        if not 0 < self.top_p <= 1:
+            problems.append(f"--top_p: {self.top_p} is not in (0, 1]")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            problems.append(f"--repetition_penalty: {self.repetition_penalty} is not in [0.01, 100]; 1 changes nothing")
+        if self.temperature == 0 and (self.top_k or self.top_p < 1 or self.num_samples > 1):
+            problems.append("--temperature: at 0 the likeliest token is taken; give 1 with --top_k, --top_p or "
+                            "--num_samples")
+        if self.file and (self.prompt or self.prompt_file or self.input or self.answer or self.num_samples > 1):
+            problems.append("--file: gets one whole answer a record; leave out --prompt, --prompt_file, --input, "
+                            "--answer and --num_samples")
+        if self.prompt and self.prompt_file:
+            problems.append("--prompt_file: holds the prompt; leave out --prompt")
+        if self.labels and not self.file:
+            problems.append("--labels: for the records of --file; give that")
+        if self.export and len(names_of(str(self.model))) > 1:
+            problems.append("--export: writes one model; name one with --model")
         object.__setattr__(self, "stop", str(self.stop).replace("\\n", "\n").replace("\\t", "\t"))
         check(self, at_least={"max_new_tokens": 1, "num_samples": 1, "batch_size": 1}, fractions=(),
               choices={"dtype": ("auto", "float32", "bfloat16", "float16", "float64"), "gguf_type": llamacpp.TYPES},
-              problems=[said for is_wrong, said in rules if is_wrong])
+              problems=problems)
 
 
 def names_of(models):
