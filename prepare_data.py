@@ -13,12 +13,14 @@ A record is one of (its keys tell which):
 """
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
+from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice
@@ -223,6 +225,19 @@ def answered_part(messages):
     return messages[:stop]
 
 
+def share_of(messages, seed):
+    """A number in [0, 1) that depends on the seed and on what is asked, and not on its wording: on all texts before the
+    first learned answer to a question or, where nothing is asked, on the text itself."""
+    asked, texts = False, [str(seed)]
+    for role, fields, learned in messages:
+        if asked and learned and role in ("assistant", "completion"):
+            break
+        texts.append("\n\n".join(str(value) for value in fields.values() if not is_missing(value)))
+        asked |= role in ("user", "prompt") and texts[-1] != ""
+    share = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
+    return int.from_bytes(share, "big") / 2**64
+
+
 def encode_records(records, split, spec, config, encoding, report):
     """Yields (split, record, messages, examples) for each located record that stays."""
     seen, too_long = set(), f"longer than --block_size={config.block_size}"
@@ -251,7 +266,8 @@ def encode_records(records, split, spec, config, encoding, report):
                 raise UserError(f"{location}: {error}") from None
             report.drop(error.reason, location, error.detail)
             continue
-        share, digest = templates.fingerprints(segments, config.seed)
+        share = share_of(kept, config.seed)
+        digest = hashlib.blake2b(array("I", ids).tobytes() + flags, digest_size=16).digest()
         if digest in seen:
             report.drop("same prompt and answer as before", location)
             continue

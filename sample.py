@@ -365,6 +365,7 @@ def answer_all(loaded, prompts, config):
 def put(records, key, values):
     """Gives each of the located records a field, under a name of its own."""
     if any(key in record for _, record in records):
+        print(f"the records have a {key!r} of their own: the model's stands under \"model's {key}\"")
         key = f"model's {key}"
     for (_, record), value in zip(records, values, strict=True):
         record[key] = value
@@ -382,6 +383,7 @@ def answer_file(models, config):
     if not records:
         raise UserError(f"--file: {config.file} holds no records; give one that does")
     results = {}
+    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(config.output) as file:  # opened first: what cannot be written is known before the work
         for number, loaded in enumerate(models, 1):
             of, mark = "", ""

@@ -473,11 +473,12 @@ def begin(run, samples):
 
 def samples_of(run):
     """The prompts that are answered at each evaluation; UserError where --best_by or --patience has nothing."""
-    by, has_val, is_text = run.config.best_by, len(run.val) > 0, run.meta["prompt"]["template"] == "text"
+    by, has_val, counts = run.config.best_by, len(run.val) > 0, run.meta["train"]
+    is_text = counts["supervised_tokens"] == counts["tokens"] - counts["examples"]  # or prompts are learned, too
     if run.config.patience and not has_val:
         raise UserError("--patience needs validation records: prepare with --val_fraction=0.05, or leave it out")
     if by != "loss" and (is_text or not has_val):
-        raise UserError(f"--best_by={by} needs validation records with answers; leave it at loss")
+        raise UserError(f"--best_by={by} needs validation records of which answers alone are learned; leave it at loss")
     count = run.config.best_examples
     if by == "loss":  # a model from scratch is small: 32 answers at each evaluation take 2 % of the demo's time
         by, count = "exact" if run.base["name"] == "scratch" and has_val and not is_text else "", min(32, count)
@@ -491,7 +492,7 @@ def save_is_due(config, state, saved, save_seconds, evaluated_now, total_steps):
     if state.skipped:
         return False
     if config.save_interval < 0:
-        return state.elapsed - saved >= (20 * save_seconds if evaluated_now else 600)
+        return state.elapsed - saved >= (min(600, 20 * save_seconds) if evaluated_now else 600)
     return state.step % (config.save_interval or total_steps) == 0
 
 
@@ -602,6 +603,7 @@ def train(config, device):
                     pictures.plot_losses(out_dir, config.best_by)
             if save:
                 saved, save_seconds = state.elapsed, seconds() - state.elapsed
+                pace.saving_seconds = 4 / 3 * save_seconds  # ckpt.pt holds three numbers a weight, last/ one
             if state.skipped >= 10:
                 raise UserError("ten steps in a row had a loss or gradient that is not finite: lower --learning_rate, "
                                 "use --dtype=float32, or look at the data; what was saved before them stays")

@@ -10,14 +10,14 @@ from nanosft.console import UserError
 
 
 @contextmanager
-def opened(path, mode, **options):
-    """`open`, whose OSError names the file, as that of a failed write does not."""
+def opened(path, mode, name="", **options):
+    """`open`, whose OSError names the file, as that of a failed write does not; `name`: as people know it."""
     try:
         with open(path, mode, **options) as file:
             yield file
     except OSError as error:
-        if error.errno:  # what requests raises is an OSError too
-            error.filename = error.filename or str(path)
+        if error.errno and error.filename in (None, str(path)):  # what requests raises is an OSError too
+            error.filename = str(name or path)
         raise
 
 
@@ -27,7 +27,7 @@ def atomic_file(path):
     path = Path(os.path.realpath(path))  # a link stays, and what it names is replaced
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with opened(temporary, "wb") as file:
+        with opened(temporary, "wb", path) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

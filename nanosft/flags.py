@@ -13,6 +13,7 @@ import functools
 import inspect
 import os
 import re
+import signal
 import sys
 
 from nanosft.console import UserError, protect_output, status
@@ -24,7 +25,8 @@ ELSEWHERE = {"lr": "learning_rate", "max_iters": "max_steps", "warmup_iters": "w
              "per_device_train_batch_size": "batch_size", "lr_scheduler_type": "lr_schedule", "output_dir": "out_dir",
              "save_steps": "save_interval", "eval_steps": "eval_interval", "logging_steps": "log_interval",
              "target_modules": "lora_targets", "r": "lora_rank", "report_to": "wandb", "max_length": "block_size",
-             "resume_from_checkpoint": "resume", "metric_for_best_model": "best_by", "model_name_or_path": "init_from"}
+             "resume_from_checkpoint": "resume", "metric_for_best_model": "best_by", "model_name_or_path": "init_from",
+             "temp": "temperature", "max_seq_length": "block_size"}
 OUT_OF_MEMORY = re.compile("allocate memory|(not enough|out of) memory")  # torch's ways to say it
 
 
@@ -60,7 +62,8 @@ def parse_config(config_class, argv=None):
     try:
         values, unknown = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise UserError(str(error).removeprefix("argument ")) from None
+        told = str(error).removeprefix("argument ")
+        raise UserError(told + ("; write --name=value" if told.endswith("expected one argument") else "")) from None
     if unknown:
         refuse_unknown(unknown[0].split("=")[0], fields)
     config = config_class(**vars(values))
@@ -72,8 +75,12 @@ def refuse_unknown(word, fields):
     name = word.lstrip("-")
     if not word.startswith("-"):
         raise UserError(f"unknown argument {word!r}: did you mean --{next(iter(fields))}={word}?")
-    close = [ELSEWHERE[name]] if ELSEWHERE.get(name) in fields else difflib.get_close_matches(name, fields, n=1)
-    raise UserError(f"unknown flag {word!r}: " + (f"did you mean --{close[0]}?" if close else "--help lists the flags"))
+    ours = ELSEWHERE.get(name, name)
+    close = [ours] if ours in fields else difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
+    remedy = f"did you mean --{close[0]}?" if close else "--help lists the flags"
+    if ours == "block_size" not in fields:
+        remedy = "prepare_data.py has --block_size"
+    raise UserError(f"unknown flag {word!r}: {remedy}")
 
 
 def check(config, at_least, fractions, choices, problems):
@@ -113,6 +120,7 @@ def run(main, config_class):
     """Calls `main` with the command line as a `config_class`. A user's mistake ends in one line on stderr, with exit
     code 2 for a flag's and 1 for any other; a bug shows its traceback."""
     protect_output()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half written is removed on the way out
     code = 2
     try:
         config = parse_config(config_class)
@@ -120,8 +128,11 @@ def run(main, config_class):
         main(config)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (UserError, OSError) as error:
+    except UserError as error:
         fail(error, code)
+    except OSError as error:
+        remedy = "; check the path, its permissions and the room on its disk" if error.errno else ""
+        fail(f"{error}{remedy}", code)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise

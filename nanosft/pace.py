@@ -15,6 +15,7 @@ class Pace:
         self.steps, self.trained, self.earlier, self.now, self.evaluated = 0, 0.0, earlier, now, now
         self.token_seconds, self.val_tokens = math.inf, val_tokens
         self.known_seconds = self.evaluation_seconds = answer_seconds
+        self.saving_seconds = 0.0  # what is written after the last evaluation takes so long
 
     def step_done(self, now, tokens):
         """Takes the time at which a step of so many tokens has ended."""
@@ -33,8 +34,8 @@ class Pace:
         return self.earlier if self.earlier and self.steps < 2 else self.trained / max(1, self.steps - 1)
 
     def time_for_steps(self):
-        """The seconds before the evaluation with which the run ends."""
-        return self.limit - self.now - self.evaluation_seconds
+        """The seconds before the evaluation with which the run ends, and what is saved then."""
+        return self.limit - self.now - self.evaluation_seconds - self.saving_seconds
 
     def total_steps(self, step):
         """The number of the step at which time is up, or of the last one that is planned; at least one is made."""

@@ -129,8 +129,11 @@ def read_values(file, name):
                 yield f"line {line}", value
             except json.JSONDecodeError as error:
                 if not is_first:
-                    raise UserError(f"{name}, line {number + error.lineno - 1}, column {error.colno}: not valid JSON "
-                                    f"({error.msg}); expected one record a line, or a list of records") from None
+                    text = text.rstrip()  # one that ends too early fails there, and not on the next line
+                    line = number + text.count("\n", 0, error.pos)
+                    column = min(error.pos, len(text)) - text.rfind("\n", 0, error.pos)
+                    raise UserError(f"{name}, line {line}, column {column}: not valid JSON ({error.msg}); expected one "
+                                    "record a line, or a list of records") from None
                 text += file.read()
             is_first = False
 

@@ -5,7 +5,6 @@ Each text is tokenised by itself as ordinary text, so that no content can become
 same ids with and without its answer. A `spec` is a dict of template (alpaca, chat, text, or model for the model's own),
 prompt_format and response_format; `bring_tokenizer` adds to it what a model's own tokenizer needs.
 """
-import hashlib
 import json
 from pathlib import Path
 
@@ -110,22 +109,6 @@ def as_rendered(messages, spec):
         (prompt,), (answer,) = (message.fields for message in messages)
         return {**spec, "prompt_format": f"{{{prompt}}}", "response_format": f"{{{answer}}}"}
     return spec
-
-
-def fingerprints(segments, seed):
-    """(share, digest): a number in [0, 1) that depends on the prompt and the seed alone, and a hash of the whole."""
-    marked = ["|" if isinstance(text, Special) else f"{len(text)}:{text}" for text, _ in segments]
-    prompt, asked = marked, False
-    for index, (text, supervised) in enumerate(segments):
-        if supervised and asked:
-            prompt = marked[:index]
-            break
-        # a special token, a system prompt, or a greeting before the first question tells no record from others
-        is_special = isinstance(text, Special) or not text.strip()
-        asked |= not (supervised or is_special or text.startswith(("assistant\n", "system\n")))
-    share = hashlib.blake2b(f"{seed} {''.join(prompt)}".encode(), digest_size=8).digest()
-    digest = hashlib.blake2b("".join(marked).encode(), digest_size=16).digest()
-    return int.from_bytes(share, "big") / 2**64, digest
 
 
 # ---- segments become ids and flags ----------------------------------------------------------------------------------

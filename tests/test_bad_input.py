@@ -159,7 +159,7 @@ AS_UTF8 = "save it as UTF-8, or give its encoding, such as --text_encoding=cp125
 RECORDS = [
     # cut short, damaged, or nothing at all
     ("cut.json", '[{"instruction": "a", "outp', "^cut.json, line 1, column 23: not valid JSON .*or a list of records$"),
-    ("open.json", f"[{ONE}", "^open.json, line 2, column 1: not valid JSON .*or a list of records$"),
+    ("open.json", f"[{ONE}", "^open.json, line 1, column 37: not valid JSON .*or a list of records$"),
     ("cut.jsonl", ONE + ONE[:20], "^cut.jsonl, line 2, column .*not valid JSON .*expected one record a line, or a l"),
     ("comma.json", '[{"a": 1},]', "^comma.json, line 1, column 11: not valid JSON"),
     ("empty.json", "", "^--input: empty.json leaves nothing to train on .it is empty.$"),
@@ -493,7 +493,7 @@ SAMPLES = [
     ("--file noise", *file(NOISE), "a.jsonl, in or after line 1: .*save it as UTF-8, or give its"),
     ("--file of texts", *file('{"text": "a"}'), "line 1: nothing is asked before .* answer; give each record"),
     ("--file unasked", *file(turns(("assistant", "a"))), "line 1: nothing is asked before .* answer; give each"),
-    ("--output nowhere", *file(ONE, output="no/where"), "No such file or directory"),
+    ("--output below a file", *file(ONE, output="model/a.jsonl/b"), "File exists"),
     *((f"--prompt {text[:20]}", TWO, dict(prompt=text), TWO_COLUMNS) for text in (
         "x", '{"title": "a", "te', '["a", "b"]', "[" * 100_000, '{"title": "a"}')),
     ("--model a comma", wording(), dict(model=",", prompt="x"), "no model ','"),

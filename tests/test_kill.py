@@ -188,6 +188,16 @@ def test_a_reader_that_leaves_ends_nothing(data, tmp_path):
     assert done.stderr == ""
 
 
+def test_a_preparation_that_is_ended_leaves_nothing(tmp_path, spawn):
+    (tmp_path / "many.jsonl").write_text("".join(f'{{"prompt": "q{i}", "completion": "a"}}\n' for i in range(300_000)))
+    job = spawn(ROOT / "prepare_data.py", f"--input={tmp_path / 'many.jsonl'}", "--encoding=bytes",
+                f"--out_dir={tmp_path / 'data'}")
+    wait_for(lambda: any(tmp_path.glob(".data.*.tmp")), job)
+    job.send_signal(signal.SIGTERM)
+    _, err = job.communicate(timeout=30)
+    assert (job.returncode, err) == (143, "") and [path.name for path in tmp_path.iterdir()] == ["many.jsonl"]
+
+
 def test_what_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with train.interrupts():

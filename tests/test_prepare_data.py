@@ -175,6 +175,20 @@ def test_few_different_answers_are_counted(prepare, capsys):
         assert said in out and ("different answers" in out) == bool(said)
 
 
+def test_one_question_is_held_out_in_every_wording(prepare, tmp_path):
+    asked = [(f"Name colour {i}.", f"of fruit {i}" if i % 2 else "") for i in range(100)]
+    pairs = [{"instruction": a, "input": b, "output": "red"} for a, b in asked]
+    turns = [{"messages": [{"role": "user", "content": f"{a}\n\n{b}" if b else a},
+                           {"role": "assistant", "content": "green"}]} for a, b in asked]
+    own = dict(template="", prompt_format="{instruction} {input} =", response_format=" {output}")
+    held_out = []
+    for records, flags in (pairs, {}), (pairs, dict(template="chat")), (turns, {}), (pairs, own), (
+            turns, dict(model=chat_model(tmp_path / "m"), encoding="", template="")):
+        lines = (prepare(records, **dict(template="", block_size=512) | flags) / "test.jsonl").read_text().splitlines()
+        held_out.append([records.index(json.loads(line)) for line in lines])
+    assert 3 <= len(held_out[0]) <= 25 and held_out == held_out[:1] * 5
+
+
 @pytest.mark.parametrize("template", ["text", "model"])
 def test_records_in_a_models_tokens_are_split_by_their_text_or_question(template, prepare, tmp_path):
     """All begin with the same special token, or the same greeting, which tells none from another."""
@@ -241,6 +255,9 @@ LONG = {"instruction": "Repeat: " + "x" * 300, "input": "é" * 40, "output": "th
 COUNTED = {
     "duplicates": (colour_records(20) * 3, {}, 20,
                    "40 dropped: same prompt and answer as before (first: records.jsonl, line 21)"),
+    "other answers learned": ([{"messages": [USER, {**ANSWER, "weight": first}, USER, {**ANSWER, "weight": 1 - first}]}
+                               for first in (1, 0, 1)], {}, 2,
+                              "1 dropped: same prompt and answer as before (first: records.jsonl, line 3)"),
     "overlong": ([*colour_records(10), LONG], dict(template="alpaca", block_size=300), 10,
                  "1 dropped: longer than --block_size=300 (first: records.jsonl, line 11)"),
     "nobody answered": ([{"messages": [USER]}, {"messages": [USER, ANSWER, USER]}], {}, 1,

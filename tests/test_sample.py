@@ -357,7 +357,9 @@ def test_a_file_is_answered_in_order_scored_and_written(tmp_path, capsys):
     told[4]["output"] = None
     write_lines(source, told)
     assert use(model, **flags) == {"records": 5, "scored": 4, "exact": 1}
-    assert capsys.readouterr().out.splitlines()[-1] == "exact match 1/4 (25.0 %)"
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "exact match 1/4 (25.0 %)"
+    assert """the records have a 'response' of their own: the model's stands under "model's response"\n""" in out
     assert json.loads(output.read_text().splitlines()[1]) == {**told[1], "model's response": answers[1]["response"]}
 
 

@@ -339,7 +339,7 @@ def test_a_limit_of_time_counts_earlier_parts_and_lengthens_no_run(fit, clock, t
     assert fit(max_minutes=60).step == 6 and ours.now - 1000 < 20
     assert "fit into" not in capsys.readouterr().out
     assert fit("short", max_steps=0, epochs=99, max_minutes=0.5, eval_interval=0).step in range(26, 31)
-    assert re.search(r"^about \d+ of the 1,782 steps fit into --max_minutes=0.5$", capsys.readouterr().out, re.M)
+    assert re.search(r"^about \d+ of the [\d,]+ steps fit into --max_minutes=0.5$", capsys.readouterr().out, re.M)
     before = fit("short", resume=True).step  # no time is left
     done = fit("short", resume=True, max_minutes=1).step
     rates = column(tmp_path / "short", "learning_rate")
@@ -361,6 +361,18 @@ def test_a_slow_first_step_ends_no_run_with_a_limit_of_time(compiles, first, fit
     state = fit(max_steps=0, epochs=99, max_minutes=1, eval_interval=0, compile=compiles)
     assert state.step in range(int(54 - first), int(60 - first)) and ours.now - 1000 <= 62
     assert "one evaluation" not in capsys.readouterr().out
+
+
+def test_time_for_what_is_saved_last_is_reserved(fit, clock, monkeypatch):
+    ours, save_state, save_weights = clock(1.5), train.save_state, train.save_weights
+
+    def slow(run, name=""):
+        ours.now += {"last": 8, "best": 0, "": 24}[name]
+        return save_weights(run, name) if name else save_state(run)
+    monkeypatch.setattr(train, "save_state", slow)
+    monkeypatch.setattr(train, "save_weights", slow)
+    fit(max_steps=0, epochs=10_000, max_minutes=5, eval_interval=-1)
+    assert 0.95 * 300 <= ours.now - 1000 <= 1.02 * 300
 
 
 def test_a_warm_up_that_never_ends_is_said(fit, capsys):
@@ -514,8 +526,12 @@ def test_best_follows_the_answers_where_that_is_asked_for(by, fit, prepare, tmp_
     with pytest.raises(UserError, match="--best_by=likelihood needs 2 to 50 different answers, not 1; take exact"):
         fit("one", data_dir=str(prepare([{**record, "completion": "a"} for record in records], template="",
                                         val_fraction=0.3)), best_by="likelihood")
-    with pytest.raises(UserError, match=f"--best_by={by} needs validation records with answers; leave it at loss"):
-        fit("text", data_dir=str(prepare([{"text": f"la {i}"} for i in range(60)], val_fraction=0.3)), best_by=by)
+    for several in ([{"text": f"la {i}"} for i in range(60)], {}), (records, dict(train_on_prompt=True, template="")):
+        learned = str(prepare(several[0], val_fraction=0.3, **several[1]))
+        with pytest.raises(UserError, match=f"--best_by={by} needs validation records of which answers alone are lea"):
+            fit("text", data_dir=learned, best_by=by, overwrite=True)
+        fit("text", data_dir=learned, max_steps=1, overwrite=True)
+        assert rows(tmp_path / "text")[0]["val_score"] == ""
 
 
 def test_right_answers_are_those_that_sample_py_counts(data):
@@ -616,6 +632,10 @@ def test_a_copy_of_train_py_trains_from_any_directory_and_with_closed_streams(da
     ("--epochs=many", 2, "--epochs: invalid float value: 'many'"),
     ("config.py", 2, "unknown argument 'config.py': did you mean --data_dir=config.py?"),
     ("--max-iters=5", 2, "unknown flag '--max_iters': did you mean --max_steps?"),
+    ("--block-size=64", 2, "unknown flag '--block_size': prepare_data.py has --block_size"),
+    ("--max_seq_length=64", 2, "unknown flag '--max_seq_length': prepare_data.py has --block_size"),
+    ("--temp=1", 2, "unknown flag '--temp': --help lists the flags"),
+    ("--out_dir -x", 2, "--out_dir: expected one argument; write --name=value"),
     ("--dropout=1.5 --lr_schedule=step", 2, "--dropout: 1.5 is not in [0, 1); --lr_schedule: 'step' is none of"),
     ("--n_embd=2000000000 --n_head=1", 1, "error: there is not enough memory")])
 def test_wrong_flags_end_in_one_line_and_an_exit_code(words, code, message, data, tmp_path, monkeypatch, capsys):
