@@ -93,7 +93,7 @@ MUTATIONS = {
     "learning rate not at its end in time": ('''state.step, total_steps, run.learning_rate''', '''state.step, run.steps, run.learning_rate'''),
     "evaluation not kept back from the time": ('''return self.limit - self.now - self.evaluation_seconds''', '''return self.limit - self.now'''),
     "evaluations at any price": ('''self.now - self.evaluated >= 10 * self.evaluation_seconds''', '''True'''),
-    "no save between evaluations": ('''save_seconds if evaluated_now else 600)''', '''save_seconds if evaluated_now else math.inf)'''),
+    "no save between evaluations": ('''save_seconds) if evaluated_now else 600)''', '''save_seconds) if evaluated_now else math.inf)'''),
     "time left in steps": ('''left = (total_steps - step) * self.step_seconds()''', '''left = total_steps - step'''),
     "evaluations to come not in the time left": ('''+ evaluations * self.evaluation_seconds''', '''+ self.evaluation_seconds'''),
     "the start of a run replaced": ('''start.exists() and is_ours:''', '''False:'''),
