@@ -178,7 +178,7 @@ MUTATIONS = {
     "Ollama keeps turns that were never learned": ('''    if loaded.keeps_turns():\n        with contextlib''', '''    if loaded.is_chat():\n        with contextlib'''),
     "a link replaced": ('''path = Path(os.path.realpath(path))''', '''path = Path(path)'''),
     "a device replaced": ('''if Path(config.output).exists() and not Path(config.output).is_file():''', '''if Path(config.output).is_dir():'''),
-    "a bug hidden from its owner": ('''except (UserError, OSError) as error:''', '''except Exception as error:'''),
+    "a bug hidden from its owner": ('''    except UserError as error:\n        fail(error, code)''', '''    except Exception as error:\n        fail(error, code)'''),
 }
 
 # which tests are to find a break in a file; those of processes, which are slow, where the break's name says so
