@@ -63,7 +63,7 @@ class PrepareConfig:
     # tokens
     model: str = ""  # the model to train, by name or path: its tokenizer, context and chat template are used
     encoding: str = ""  # without a model: tiktoken's name, or bytes; '' = gpt2, for the demo bytes
-    block_size: int = 0  # how many tokens of an example a model reads; 0 = the context, 1,024 without a model and for .txt
+    block_size: int = 0  # tokens of an example that a model reads; 0 = the context, 1,024 without a model and for .txt
     shard_tokens: int = 10_000_000  # tokens in one file; they wait in memory until it is full
     # report
     show: int = 1  # print this many rendered examples, supervised tokens in colour
