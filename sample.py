@@ -128,7 +128,7 @@ class LoadedModel:
 
     def read(self, ids, stop_text):
         """(text, ended) of an answer's ids so far: what stands before stop_text, and whether that or the stop came."""
-        made = self.encoding.decode([token for token in ids if token not in (None, self.stop)])
+        made = templates.decode([token for token in ids if token not in (None, self.stop)], self.encoding)
         text = made.partition(stop_text)[0] if stop_text else made
         return text, self.stop in ids or text != made
 

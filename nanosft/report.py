@@ -11,6 +11,7 @@ import numpy as np
 from nanosft.console import UserError, status
 from nanosft.files import atomic_file, opened
 from nanosft.shards import SUPERVISED
+from nanosft.templates import decode
 
 # ---- log and progress -----------------------------------------------------------------------------------------------
 
@@ -146,10 +147,10 @@ class Samples:
         count, longest = (1, 16) if at_start else (len(self.titles), 64)
         answers = self.answer(model, self.prompts[:count], min(longest, max(map(len, self.answers[:count])) + 4))
         for title, answer, right in zip(self.titles, answers, self.answers, strict=False):
-            text, expected = (repr(shorten(self.encoding.decode([token for token in tokens if token != self.stop]), 58))
+            text, expected = (decode([token for token in tokens if token != self.stop], self.encoding)
                               for tokens in (answer, right))
-            told = f"\n      right: {expected}" if at_start else ""
-            print(f"    {title}{told}\n      -> {text}{'  (exact)' if answer == right else ''}", flush=True)
+            told = f"\n      right: {shorten(expected, 58)!r}" if at_start else ""
+            print(f"    {title}{told}\n      -> {shorten(text, 58)!r}{'  (exact)' if answer == right else ''}", flush=True)
 
     def right(self, model):
         """How many answers are right: written exactly, or the likeliest of those that occur."""

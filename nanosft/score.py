@@ -4,7 +4,7 @@ from collections import Counter
 
 from nanosft.console import UserError, status
 from nanosft.pictures import plot_confusion
-from nanosft.records import columns_of, fill
+from nanosft.records import NAME, columns_of, fill
 from nanosft.templates import encode, render_answer
 
 
@@ -13,12 +13,14 @@ def label_set(references, named, loaded):
     `named`, with commas, or the references, where they are few. {} where the file is no classification."""
     spelling = {label.strip(): label for label in references if label is not None}
     labels = sorted(spelling.values())
-    if named:  # spelt as the file's answers are or, where none is like it, as response_format has it
-        wording = loaded.spec["response_format"] or "{label}"
-        names = list(filter(None, map(str.strip, next(csv.reader([named], skipinitialspace=True)))))
-        labels = [spelling.get(name) or fill(wording, dict.fromkeys(columns_of(wording), name), "labels")
-                  for name in names]
-        if spelling and spelling.keys().isdisjoint(names):
+    if named:  # each alone, or in the words of response_format; spelt as the file's answers are, where one is like it
+        wording, labels = loaded.spec["response_format"] or "{label}", []
+        before, _, after = NAME.sub("\0", wording).strip().partition("\0")
+        for name in filter(None, map(str.strip, next(csv.reader([named], skipinitialspace=True)))):
+            alone = name.removeprefix(before).removesuffix(after)
+            worded = fill(wording, dict.fromkeys(columns_of(wording), alone), "labels")
+            labels.append(spelling.get(name) or spelling.get(worded.strip()) or worded)
+        if spelling and set(labels).isdisjoint(spelling.values()):
             raise UserError(f"--labels: none of {named} is an answer of the file's; name such as {min(spelling)}")
     elif not 2 <= len(labels) <= 50 or 3 * len(labels) > len(references):
         if 2 <= len(labels) <= min(50, 2 / 3 * len(references)):

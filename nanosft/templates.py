@@ -5,6 +5,7 @@ Each text is tokenised by itself as ordinary text, so that no content can become
 same ids with and without its answer. A `spec` is a dict of template (alpaca, chat, text, or model for the model's own),
 prompt_format and response_format; `bring_tokenizer` adds to it what a model's own tokenizer needs.
 """
+import contextlib
 import json
 from pathlib import Path
 
@@ -170,6 +171,15 @@ def encode(segments, encoding, train_on_prompt=False):
     if flags:
         flags[0] = START  # nothing stands before the first token, so nothing can predict it
     return ids, bytes(flags)
+
+
+def decode(ids, encoding):
+    """The text of ids, less those that no token has: a vocabulary may have gaps."""
+    text = b""
+    for token in ids:
+        with contextlib.suppress(KeyError):
+            text += encoding.decode_single_token_bytes(token)
+    return text.decode(errors="replace")
 
 
 def blocks(ids, block_size):

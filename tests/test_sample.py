@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import jinja2
 import pytest
+import tiktoken
 import torch
 import transformers
 from conftest import assert_same_logits, chat_model, colour_records, theirs, tiny, with_lora, write_lines
@@ -21,7 +22,7 @@ from nanosft import pictures, score
 from nanosft.console import UserError
 from nanosft.records import Message, to_messages
 from nanosft.shards import FORMAT_VERSION, load_meta, write_meta
-from nanosft.templates import encode, get_encoding, render
+from nanosft.templates import decode, encode, get_encoding, render
 from nanosft.tensors import read_safetensors
 from sample import LoadedModel, SampleConfig
 from train import TrainConfig
@@ -414,6 +415,26 @@ def test_new_rows_get_a_label_and_may_be_in_another_encoding(tmp_path, capsys):
     assert all(record["likeliest label"] in ("cat", "dog") for record in records)
     with pytest.raises(UserError, match="--labels: none of label is an answer of the file's; name such as cat"):
         use(model, file=labelled(tmp_path, cat=2, dog=2), labels="label", output=str(tmp_path / "a"))
+
+
+@pytest.mark.parametrize("names", ["cat,dog", "It is cat!,It is dog!"])
+def test_classes_are_named_alone_or_in_the_words_of_training_for_new_rows_too(names, tmp_path):
+    model = saved(tmp_path / "m", {**SPECS["two"], "response_format": " It is {label}!"})
+    with_answers, without = labelled(tmp_path, cat=2, dog=2), str(write_lines(tmp_path / "new.jsonl", [
+        {"title": "t", "abstract": "a"}]))
+    for file in (with_answers, without):
+        use(model, file=file, labels=names, output=str(tmp_path / "a"), max_new_tokens=1)
+        for line in (tmp_path / "a").read_text().splitlines():
+            assert json.loads(line)["likeliest label"] in ("It is cat!", "It is dog!")
+
+
+def test_ids_that_no_token_has_leave_no_trace_in_an_answer(tmp_path):
+    """tiktoken's cl100k_base has such gaps below its highest id."""
+    gaps = tiktoken.Encoding("gaps", pat_str=r"(?s).", special_tokens={"<|endoftext|>": 300},
+                             mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+    assert decode([72, 256, 105, 299, 195, 300], gaps) == "Hi\ufffd<|endoftext|>"
+    loaded = LoadedModel("m", tiny(), gaps, SPECS["chat"], "")
+    assert loaded.read([72, 270, 105, 300, None], "") == ("Hi", True)
 
 
 def test_an_answer_that_is_to_name_a_class_ends_soon_after_any_of_them_unless_told_otherwise(tmp_path, capsys):

@@ -155,8 +155,11 @@ def test_an_epochs_last_step_takes_what_is_left_and_is_normalised_by_its_own_tok
 
 
 def test_evaluation_depends_on_no_batch_size(data):
-    shards, model = Shards(data, load_meta(data), "train"), tiny(block_size=128)
+    shards, model, keeps_graph = Shards(data, load_meta(data), "train"), tiny(block_size=128), []
+    hook = model.ln_f.register_forward_hook(lambda *_: keeps_graph.append(torch.is_grad_enabled()))
     losses = [train.evaluate(model, shards, max_tokens) for max_tokens in (90, 270, 5000)]
+    hook.remove()
+    assert keeps_graph and not any(keeps_graph)
     batches = [shards.batch([i]) for i in range(len(shards))]
     total = sum(model(*batch).item() for batch in batches)
     assert losses == pytest.approx([total / shards.supervised(range(len(shards)))] * 3, rel=1e-6) and model.training
