@@ -150,7 +150,8 @@ class Samples:
             text, expected = (decode([token for token in tokens if token != self.stop], self.encoding)
                               for tokens in (answer, right))
             told = f"\n      right: {shorten(expected, 58)!r}" if at_start else ""
-            print(f"    {title}{told}\n      -> {shorten(text, 58)!r}{'  (exact)' if answer == right else ''}", flush=True)
+            exact = "  (exact)" if answer == right else ""
+            print(f"    {title}{told}\n      -> {shorten(text, 58)!r}{exact}", flush=True)
 
     def right(self, model):
         """How many answers are right: written exactly, or the likeliest of those that occur."""
