@@ -78,7 +78,7 @@ def refuse_unknown(word, fields):
     ours = ELSEWHERE.get(name, name)
     close = [ours] if ours in fields else difflib.get_close_matches(name, fields, n=1, cutoff=0.7)
     remedy = f"did you mean --{close[0]}?" if close else "--help lists the flags"
-    if ours == "block_size" not in fields:
+    if ours == "block_size" and ours not in fields:
         remedy = "prepare_data.py has --block_size"
     raise UserError(f"unknown flag {word!r}: {remedy}")
 
