@@ -176,7 +176,8 @@ def test_what_was_prepared_for_a_model_is_trained_from_it_asked_and_taken_by_tra
     for path in "out/best", "export":
         kind = peft.AutoPeftModelForCausalLM if lora_rank and path == "out/best" else transformers.AutoModelForCausalLM
         other, tokenizer = (auto.from_pretrained(path) for auto in (kind, transformers.AutoTokenizer))
-        assert_same_logits(ours.model, other.float())
+        assert_same_logits(ours.model.double(), other.double())  # in float32 rounding alone may reach 1.3e-4
+        ours.model.float(), other.float()
         assert templated(tokenizer, turns(question)) == prompt
         assert all(tokenizer.encode(text) == ours.encoding.encode_ordinary(text) for text in PROMPTS)
         found = other.generate(input_ids=torch.tensor([prompt]), max_new_tokens=12, do_sample=False)
