@@ -229,11 +229,11 @@ def share_of(messages, seed):
     """A number in [0, 1) that depends on the seed and on what is asked, and not on its wording: on all texts before the
     first learned answer to a question or, where nothing is asked, on the text itself."""
     asked, texts = False, [str(seed)]
-    for role, fields, learned in messages:
-        if asked and learned and role in ("assistant", "completion"):
+    for message in messages:
+        if asked and message.learned and message.role in ("assistant", "completion"):
             break
-        texts.append("\n\n".join(str(value) for value in fields.values() if not is_missing(value)))
-        asked |= role in ("user", "prompt") and texts[-1] != ""
+        texts.append(message.text())
+        asked |= message.role in ("user", "prompt") and texts[-1] != ""
     share = hashlib.blake2b("\0".join(texts).encode(), digest_size=8).digest()
     return int.from_bytes(share, "big") / 2**64
 

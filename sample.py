@@ -299,18 +299,17 @@ def chat(models, config):
 def as_trained(messages, spec):
     """Messages that ask for an answer, in the words that the model was trained on."""
     columns, asked = columns_of(spec["prompt_format"]), messages[-1]
-    text = "\n\n".join(filter(None, map(str, asked.fields.values())))
     if spec["template"] in ("alpaca", "chat", "model") and not spec["response_format"]:
-        return [*messages[:-1], Message("user", {"content": text})] if asked.role == "prompt" else messages
+        return [*messages[:-1], Message("user", {"content": asked.text()})] if asked.role == "prompt" else messages
     if len(messages) > 1:
         raise UserError("this model answers one question, without a system prompt or earlier turns")
     if spec["template"] == "text":
-        return [Message("opening", {"text": text})]
+        return [Message("opening", {"text": asked.text()})]
     if list(asked.fields) == columns:
         return messages
     if len(columns) > 1:
         raise UserError(f"this model reads the columns {', '.join(columns)}; give records that have them")
-    return [Message("prompt", dict.fromkeys(columns or ["text"], text))]
+    return [Message("prompt", dict.fromkeys(columns or ["text"], asked.text()))]
 
 
 def read_prompts(records, loaded, config):

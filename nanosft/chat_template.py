@@ -52,8 +52,7 @@ def render_chat_template(messages, spec):
     learned = [False, *(message.learned for message in messages if message.role == "assistant")]  # of 0: no answer
     strips, segments = render_roles(spec["chat_template"], roles, spec["bos_token"], spec["eos_token"],
                                     tuple(spec["special_tokens"]))
-    contents = [strip("\n\n".join(filter(None, message.fields.values())))
-                for strip, message in zip(strips, messages, strict=True)]
+    contents = [strip(message.text()) for strip, message in zip(strips, messages, strict=True)]
     rewrites = roles[-1] == "assistant" and "</think>" in spec["chat_template"]  # a prompt may hold earlier thoughts
     if rewrites and any(role == "assistant" and "</think>" in content
                         for role, content in zip(roles, contents, strict=True)):

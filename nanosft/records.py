@@ -34,6 +34,10 @@ class Message(NamedTuple):
     fields: dict  # texts by name; an answer has one
     learned: bool = True  # of an answer
 
+    def text(self):
+        """All its texts as one."""
+        return "\n\n".join(filter(None, self.fields.values()))
+
 
 class Unusable(UserError):
     """A record that cannot be used. `reason` is one of few, by which such records are counted; `detail` says more."""
@@ -142,7 +146,7 @@ def by_formats(record, spec, answered):
     if spec["template"] == "text":
         return [Message("text", {"text": fill(spec["response_format"], record, "response_format")})], rest
     fill(spec["prompt_format"], record, "prompt_format")  # refuses what it cannot word
-    messages = [Message("prompt", {name: record[name] for name in columns})]
+    messages = [Message("prompt", {name: fill(f"{{{name}}}", record, "prompt_format") for name in columns})]
     is_empty = any(name in record and is_missing(record[name]) for name in answers)
     if not is_empty and (answered or all(name in record for name in answers)):
         messages.append(Message("completion", {"text": fill(spec["response_format"], record, "response_format")}))

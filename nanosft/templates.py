@@ -76,14 +76,13 @@ def as_turns(messages):
 def render_chat(messages):
     """One end-of-text between two turns closes one, supervised if that is an answer to learn, and opens the next."""
     segments, learned = [], False
-    for role, fields, is_learned in messages:
-        content = "\n\n".join(filter(None, fields.values()))
+    for message in messages:
         segments.append((EOT, learned))
-        learned = role == "assistant" and is_learned
-        if role == "assistant":
-            segments += [("assistant\n", False), (content, learned)]
+        learned = message.role == "assistant" and message.learned
+        if message.role == "assistant":
+            segments += [("assistant\n", False), (message.text(), learned)]
         else:
-            segments.append((f"{role}\n{content}", False))
+            segments.append((f"{message.role}\n{message.text()}", False))
     segments.append((EOT, learned))
     return segments if messages[-1].role == "assistant" else [*segments, ("assistant\n", False)]
 
