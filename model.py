@@ -59,37 +59,51 @@ class GPTConfig:
 # ---- packing --------------------------------------------------------------------------------------------------------
 
 class Packing(NamedTuple):
-    """Where N packed tokens stand: in their own sequence, and in the (B, T) grid that attention wants."""
-    position_ids: torch.Tensor  # (N,) each token's place in its own sequence
+    """Where M tokens stand: in their own sequence, and in the (B, T) grid that attention wants."""
+    position_ids: torch.Tensor  # (M,) each token's place in its own sequence
     shape: tuple[int, int]  # B, T
-    index: torch.Tensor | None = None  # (N,) each token's place in the flattened grid; None: the grid has no gaps
+    source: torch.Tensor | None = None  # (B * T,) the token at each place of the flattened grid; None: as they come
+    index: torch.Tensor | None = None  # (M,) the first place of each token
     cu_seqlens: torch.Tensor | None = None  # (B + 1,) int32, where sequences begin and end; then no grid is needed
     mask: torch.Tensor | None = None  # (B, 1, 1, S) cached keys that each row sees; None: causal attention
-    rotary: tuple | None = None  # cosines and sines, (N, 1, head_dim / 2) each, of rotary positions
-
-    @classmethod
-    def of(cls, lengths, device, varlen=False, multiple=1):
-        """The packing of sequences of these lengths, in tokens. T is rounded up to a multiple."""
-        lengths = torch.as_tensor(lengths)
-        B, T = len(lengths), -(-int(lengths.max()) // multiple) * multiple
-        index = (torch.arange(T) < lengths[:, None]).flatten().nonzero().squeeze(1)  # (N,)
-        position_ids = to_device(index % T, device)
-        if varlen:
-            cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-            return cls(position_ids, (B, T), cu_seqlens=to_device(cu_seqlens, device))
-        return cls(position_ids, (B, T), index=None if len(index) == B * T else to_device(index, device))
+    rotary: tuple | None = None  # cosines and sines, (M, 1, head_dim / 2) each, of rotary positions
 
     def pad(self, x):
-        """(N, C) -> (B, T, C), zeros where no token stands."""
-        B, T = self.shape
-        if self.index is not None:
-            x = x.new_zeros(B * T, x.size(-1)).index_put_((self.index,), x)  # index_copy keeps x for backward
-        return x.view(B, T, -1)
+        """(M, C) -> (B, T, C), any token's values where no token stands: after a row's end, where none looks."""
+        return (x if self.source is None else x.index_select(0, self.source)).view(*self.shape, -1)
 
     def unpad(self, x):
-        """(B, T, C) -> (N, C)."""
+        """(B, T, C) -> (M, C)."""
         x = x.flatten(0, 1)
         return x if self.index is None else x.index_select(0, self.index)
+
+
+def pack(idx, lengths, device, varlen=False, multiple=1):
+    """(ids (M,), packing, token_of (N,)) of sequences that lie end to end in idx, (N,).
+
+    Where a sequence begins as the one before it does, with a template's words, say, or a system prompt, it shares that
+    one's tokens, which are computed once: causal attention gives the same in both. token_of says which of the M tokens
+    each of the N is. M and T are rounded up to a multiple. With `varlen` there is no grid, and nothing is shared.
+    """
+    lengths = torch.as_tensor(lengths)
+    B, T = len(lengths), -(-int(lengths.max()) // multiple) * multiple
+    real = torch.arange(T) < lengths[:, None]  # (B, T)
+    if varlen:
+        position_ids, cu_seqlens = torch.arange(T).expand(B, T)[real], F.pad(lengths.cumsum(0), (1, 0)).int()
+        packing = Packing(to_device(position_ids, device), (B, T), cu_seqlens=to_device(cu_seqlens, device))
+        return to_device(idx, device), packing, torch.arange(len(idx))
+    idx = idx.to("cpu")
+    grid, is_new = torch.full((B, T), -1).masked_scatter(real, idx), real.clone()
+    is_new[1:] &= (grid[1:] == grid[:-1]).cumprod(1) == 0
+    number = torch.where(is_new, is_new.flatten().cumsum(0).view(B, T) - 1, 0)
+    source = number.cummax(0).values.flatten()  # a place's own token, or the last new one above
+    index = is_new.flatten().nonzero().squeeze(1)
+    tail = (0, -len(index) % multiple)
+    ids, rounded = F.pad(idx[is_new[real]], tail), F.pad(index, tail)
+    packing = Packing(to_device(rounded % T, device), (B, T))
+    if B > 1 and len(index) < B * T:  # else the tokens are the grid
+        packing = packing._replace(source=to_device(source, device), index=to_device(rounded, device))
+    return to_device(ids, device), packing, source[real.flatten()]
 
 
 def to_device(x, device):
@@ -357,21 +371,20 @@ class GPT(nn.Module):
         if lengths is None:
             lengths = [idx.size(1)] * idx.size(0)
         assert max(lengths) <= self.config.block_size, f"{max(lengths)} tokens exceed the context"
-        if targets is not None:  # a CPU makes kernels, and keeps them, for every shape: a tail rounds the tokens up
-            tail = min(-idx.numel() % 32, self.config.block_size - lengths[-1])
-            idx, targets = F.pad(idx.flatten(), (0, tail)), F.pad(targets.flatten(), (0, tail), value=IGNORE_INDEX)
-            lengths = [*lengths[:-1], lengths[-1] + tail]
         varlen = has_varlen_attention(self.wte.weight, self.config.head_dim)
         varlen = varlen and not (self.training and self.config.dropout)
-        packing = Packing.of(lengths, device, varlen, multiple=1 if targets is None else 32)
-        x = self.hidden(to_device(idx.flatten(), device), packing)  # (N, C)
+        # a CPU makes kernels, and keeps them, for every shape: in training all are rounded up
+        ids, packing, token_of = pack(idx.flatten(), lengths, device, varlen, multiple=1 if targets is None else 32)
+        x = self.hidden(ids, packing)  # (M, C)
         if targets is None:
-            return self.logits(x).view(*idx.shape, -1)
+            return self.logits(x.index_select(0, to_device(token_of, device))).view(*idx.shape, -1)
         # the head sees the supervised tokens alone, and as many others as round them up
+        tail = (0, -len(token_of) % 32)
+        token_of, targets = F.pad(token_of, tail), F.pad(targets.flatten(), tail, value=IGNORE_INDEX)
         ignored = targets == IGNORE_INDEX
         supervised = len(targets) - int(ignored.sum())
         rows = ignored.byte().argsort(stable=True)[:-(-supervised // 32) * 32]
-        return self.loss(x.index_select(0, to_device(rows, device)), to_device(targets[rows], device))
+        return self.loss(x.index_select(0, to_device(token_of[rows], device)), to_device(targets[rows], device))
 
     def loss(self, x, targets, slice_rows=512):
         """The summed cross-entropy of (N, C) against (N,), a slice of rows at a time: all logits of a long text would
@@ -396,9 +409,10 @@ class GPT(nn.Module):
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         cache = weight.new_zeros(2, config.n_layer, len(prompts), config.n_kv_head,
                                  min(config.block_size, longest + new_tokens), config.head_dim)
-        ids = torch.tensor([token for prompt in prompts for token in prompt], device=weight.device)  # (N,)
-        x = self.hidden(ids, Packing.of(lengths, weight.device), cache)
-        return x.index_select(0, (lengths.cumsum(0) - 1).to(weight.device)), cache, lengths
+        ids = torch.tensor([token for prompt in prompts for token in prompt])  # (N,)
+        ids, packing, token_of = pack(ids, lengths, weight.device)
+        x = self.hidden(ids, packing, cache)
+        return x.index_select(0, token_of[lengths.cumsum(0) - 1].to(weight.device)), cache, lengths
 
     def decode(self, ids, cache, lengths):
         """Reads one more token a row, ids (B,), into the cache. Returns the hidden state, (B, C)."""

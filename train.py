@@ -75,7 +75,7 @@ class TrainConfig:
     beta2: float = 0.99  # AdamW's decay of the mean squared gradient
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = no limit
     # evaluation and log
-    eval_interval: int = -1  # steps between evaluations; -1 = ten a run, 0 = only at the end
+    eval_interval: int = -1  # steps between evaluations; -1 = ten a run, at most five an epoch; 0 = only at the end
     save_interval: int = -1  # steps between checkpoints; -1 = with evaluations, every 10 minutes; 0 = only at the end
     best_by: str = "loss"  # what best/ follows, on validation records: loss | exact (answers) | likelihood (of labels)
     best_examples: int = 64  # validation records that are answered for that
@@ -578,7 +578,9 @@ def train(config, device):
                    "train_loss": state.train_loss, "val_loss": "", "learning_rate": learning_rate, "grad_norm": norm,
                    "tokens": tokens, "supervised_tokens": supervised, "seconds": time.perf_counter() - step_started,
                    "val_score": ""}
-            interval = math.ceil(total_steps / 10) if config.eval_interval < 0 else config.eval_interval or total_steps
+            interval = config.eval_interval or total_steps
+            if interval < 0:  # five an epoch take about a tenth of its time
+                interval = max(math.ceil(total_steps / 10), steps_per_epoch // 5)
             if last or signum or state.step % (config.log_interval or math.ceil(total_steps / 50)) == 0:
                 left = pace.seconds_left(state.step, total_steps, interval)
                 report.show_progress(row, total_steps, left, state.skipped)

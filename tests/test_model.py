@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import model as model_module
 import train
-from model import GPT, IGNORE_INDEX, GPTConfig, Packing, RMSNorm, rotary
+from model import GPT, IGNORE_INDEX, GPTConfig, RMSNorm, pack, rotary
 from nanosft.console import UserError
 from nanosft.hub import SIZES
 from nanosft.shards import Shards, load_meta
@@ -111,6 +111,30 @@ def test_packed_loss_and_gradients_equal_those_of_the_examples_one_by_one(dtype,
     alone = [(one[None], target[None]) for one, target in zip(idx.split(LENGTHS), targets.split(LENGTHS), strict=True)]
     expected = loss_and_gradients(model, *alone)
     assert_same_loss_and_gradients(loss_and_gradients(model, packed_batch()), expected, tolerance)
+
+
+ALIKE = [[1, 2, 3, 4, 5], [1, 2, 3, 9], [1, 2], [1, 2, 3, 9, 5, 4], [8, 2, 3], [8, 2, 3]]
+
+
+def test_sequences_that_begin_as_the_one_before_share_those_tokens(family):
+    model, targets = FAMILIES[family]().double(), torch.arange(23) % 5 * 7
+    targets[targets == 0] = IGNORE_INDEX
+    idx, lengths, computed = torch.tensor(sum(ALIKE, [])), [len(row) for row in ALIKE], []
+    model.wte.register_forward_hook(lambda module, args, output: computed.append(args[0].numel()))
+    logits = model(idx, lengths=lengths)
+    assert computed == [5 + 1 + 0 + 4 + 3 + 0]
+    assert torch.allclose(logits, torch.cat([model(torch.tensor([row]))[0] for row in ALIKE]))
+    alone = [(torch.tensor([row]), target[None]) for row, target in zip(ALIKE, targets.split(lengths), strict=True)]
+    found = loss_and_gradients(model, (idx, targets, lengths))
+    assert_same_loss_and_gradients(found, loss_and_gradients(model, *alone), 1e-12)
+
+
+def test_a_batch_of_examples_computes_every_beginning_once(prepare):
+    records = [{**record, "input": "in short"} if i % 3 else record for i, record in enumerate(colour_records(60))]
+    data = prepare(records, template="alpaca", block_size=512)
+    idx, _, lengths = Shards(data, load_meta(data), "train").batch(range(40))
+    beginnings = {tuple(row[:k + 1]) for row in idx.split(lengths) for row in [row.tolist()] for k in range(len(row))}
+    assert len(pack(idx, lengths, "cpu")[0]) == len(beginnings) < len(idx) / 2
 
 
 @pytest.mark.parametrize("changed, untouched", [(slice(0, 7), slice(7, 25)), (24, slice(0, 24)), (10, slice(0, 10))])
@@ -227,19 +251,9 @@ def test_compiled_blocks_take_every_shape_in_one_graph(device, family, monkeypat
         for parameter in model.parameters():
             parameter.grad, parameter.grad_dtype = None, dtype
         with torch.compiler.set_stance(stance):
-            model(*torch.zeros(2, sum(lengths), dtype=torch.int64), lengths).backward()
+            model(*packed_batch(lengths)).backward()
         assert weight.grad.shape == weight.shape and weight.grad.dtype == dtype
         stance = "fail_on_recompile"
-
-
-def test_what_is_laid_in_the_grid_is_not_kept_for_backward():
-    x, kept = torch.randn(5, 4, requires_grad=True), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        grid = Packing.of([3, 2], "cpu").pad(x)
-    assert torch.equal(grid[1, :2], x[3:]) and not grid[1, 2].any()
-    assert not any(tensor.data_ptr() == x.data_ptr() for tensor in kept)
-    grid[1, 1].sum().backward()
-    assert torch.equal(x.grad, torch.eye(5)[4][:, None].expand(5, 4))
 
 
 class NoFloat64(TorchDispatchMode):
@@ -265,7 +279,7 @@ def test_training_and_evaluation_make_no_float64_on_the_device(prepare, monkeypa
 
 # ---- generation -----------------------------------------------------------------------------------------------------
 
-PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [200, 100]]
+PROMPTS = [[1, 2, 3], [4], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11], [9, 8, 7, 6, 11], [200, 100]]
 
 
 @pytest.fixture
