@@ -409,8 +409,8 @@ def main(config):
     # all is written beside out_dir (where that is a link, or ".", beside what it stands for) and renamed at the end
     place = out_dir.resolve()
     work = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    work.mkdir(parents=True)
     try:
+        work.mkdir(parents=True)
         counts, shown, first = write_shards(parts, work, config, encoding)
         if not counts["train"]["examples"]:
             why = "; ".join([f"{report.records} records", *report.lines()]) if report.records else "it is empty"
