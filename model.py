@@ -380,7 +380,7 @@ class GPT(nn.Module):
             return self.logits(x.index_select(0, to_device(token_of, device))).view(*idx.shape, -1)
         # the head sees the supervised tokens alone, and as many others as round them up
         tail = (0, -len(token_of) % 32)
-        token_of, targets = F.pad(token_of, tail), F.pad(targets.flatten(), tail, value=IGNORE_INDEX)
+        token_of, targets = F.pad(token_of, tail), F.pad(targets.flatten().to("cpu"), tail, value=IGNORE_INDEX)
         ignored = targets == IGNORE_INDEX
         supervised = len(targets) - int(ignored.sum())
         rows = ignored.byte().argsort(stable=True)[:-(-supervised // 32) * 32]
