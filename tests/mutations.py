@@ -193,7 +193,7 @@ TESTS = {"prepare_data.py": ["sources", "prepare_data"], "model.py": ["model", "
          "distributed.py": ["processes"], "files.py": ["kill", "sample"], "flags.py": ["train", "bad_input"],
          "optimizer.py": ["optimizer", "train"], "records.py": ["sources", "prepare_data", "sample"], "sources.py": ["sources"], "llamacpp.py": ["llamacpp"],
          "report.py": ["train"], "pace.py": ["train"], "pictures.py": ["train"],
-         "score.py": ["sample"], "shards.py": ["prepare_data", "train", "bad_input"],
+         "score.py": ["sample"], "shards.py": ["model", "prepare_data", "train", "bad_input"],
          "hub.py": ["weights", "sources", "lora"], "tokenizer.py": ["tokenizer"], "chat_template.py": ["chat_template"],
          "templates.py": ["prepare_data", "sources", "sample"], "weights.py": ["weights", "model", "lora"]}
 
