@@ -83,7 +83,7 @@ def pack(idx, lengths, device, varlen=False, multiple=1):
 
     Where a sequence begins as the one before it does, with a template's words, say, or a system prompt, it shares that
     one's tokens, which are computed once: causal attention gives the same in both. token_of says which of the M tokens
-    each of the N is. M and T are rounded up to a multiple. With `varlen` there is no grid, and nothing is shared.
+    each of the N is. M and T are rounded up to a multiple. With `varlen` there is no grid, no token is shared, M is N.
     """
     lengths = torch.as_tensor(lengths)
     B, T = len(lengths), -(-int(lengths.max()) // multiple) * multiple
